@@ -1,0 +1,1 @@
+"""What all processes of a Baton cluster agree on. Never imports torch."""

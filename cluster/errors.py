@@ -1,0 +1,166 @@
+"""Every error that crosses a process or reaches a user, as one tree.
+
+    BatonError
+    ├── ConfigError                a topology, a flag or a model folder is wrong; the process does not start
+    │   └── ModelError             the model's files are missing, broken or of an architecture we don't run
+    ├── RequestError               the client's input is wrong (HTTP 4xx); retrying the same request is useless
+    │   ├── InvalidRequest         400  malformed or out of range
+    │   │   └── PromptTooLong      400  does not fit the context or the KV pool
+    │   ├── ModelNotFound          404
+    │   ├── NotFound               404  no such URL
+    │   ├── MethodNotAllowed       405
+    │   ├── BodyTooLarge           413
+    │   └── UnsupportedMediaType   415
+    ├── AvailabilityError          (HTTP 503, Retry-After) the same request may succeed later or elsewhere
+    │   ├── NoWorker               no live worker of the role that is needed
+    │   ├── Overloaded             429  a bounded queue is full
+    │   ├── Draining               the worker takes no new work
+    │   ├── WorkerLost             the worker or its connection died while it had the request
+    │   ├── TransferFailed         KV pages did not arrive, or arrived damaged
+    │   └── DeadlineExceeded       the request's time is over
+    ├── ProtocolError              a peer broke the contract; the message is refused and counted
+    │   ├── StaleFence             the message is meant for another epoch, request or attempt
+    │   ├── LayoutMismatch         two workers' KV layouts differ: they can't hand over to each other
+    │   └── UnknownMessage         not a message of this schema version
+    └── IllegalTransition          our own bug: an event that a state machine's table does not have
+
+An error knows its HTTP status, whether it may be retried and, once the router has it, which leg is to blame.
+`ErrorInfo` is what travels; `to_info` and `from_info` convert.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+
+
+class ErrorInfo(msgspec.Struct, frozen=True):
+    """An error on the wire: the class's name, its message, and the request field it is about (if any)."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class BatonError(Exception):
+    """Root of the tree. `status` is the HTTP status, `retryable` whether another attempt may help."""
+
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+    openai_type: ClassVar[str] = "server_error"
+    """The `type` of the OpenAI error object."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def to_info(self) -> ErrorInfo:
+        return ErrorInfo(type(self).__name__, self.message, self.param)
+
+
+class ConfigError(BatonError):
+    """A setting is wrong; the message names the key, the place and what was expected."""
+
+
+class ModelError(ConfigError):
+    """The model can't be loaded."""
+
+
+class RequestError(BatonError):
+    status = 400
+    openai_type = "invalid_request_error"
+
+
+class InvalidRequest(RequestError):
+    """Malformed JSON, a wrong type, or a value out of range."""
+
+
+class PromptTooLong(InvalidRequest):
+    """Prompt plus requested tokens exceed the model's context or the KV pool."""
+
+
+class ModelNotFound(RequestError):
+    status = 404
+
+
+class NotFound(RequestError):
+    status = 404
+
+
+class MethodNotAllowed(RequestError):
+    status = 405
+
+
+class BodyTooLarge(RequestError):
+    status = 413
+
+
+class UnsupportedMediaType(RequestError):
+    status = 415
+
+
+class AvailabilityError(BatonError):
+    status = 503
+    retryable = True
+    retry_after: ClassVar[int] = 1
+    """Seconds, for the Retry-After header."""
+
+
+class NoWorker(AvailabilityError):
+    """No live worker of a role that the request needs."""
+
+
+class Overloaded(AvailabilityError):
+    status = 429
+    openai_type = "rate_limit_error"
+
+
+class Draining(AvailabilityError):
+    """The worker is leaving and takes no new work."""
+
+
+class WorkerLost(AvailabilityError):
+    """The worker died, or its connection broke, while it had the request."""
+
+
+class TransferFailed(AvailabilityError):
+    """The KV pages of a request did not arrive whole."""
+
+
+class DeadlineExceeded(AvailabilityError):
+    """The request's deadline has passed."""
+
+
+class ProtocolError(BatonError):
+    """A peer sent what the contract does not allow."""
+
+
+class StaleFence(ProtocolError):
+    """The message belongs to another worker epoch, request or attempt."""
+
+
+class LayoutMismatch(ProtocolError):
+    """Two workers hold KV in different shapes and can't hand over to each other."""
+
+
+class UnknownMessage(ProtocolError):
+    """The frame is not a message of this schema version."""
+
+
+class IllegalTransition(BatonError):
+    """A state machine got an event its table does not have; carries the machine's last events."""
+
+
+def _tree(root: type[BatonError]) -> dict[str, type[BatonError]]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found |= _tree(child)
+    return found
+
+
+def from_info(info: ErrorInfo) -> BatonError:
+    """The error that `info` describes; a class this version does not know becomes a plain `BatonError`."""
+    kind = _tree(BatonError).get(info.code, BatonError)
+    return kind(info.message, param=info.param)

@@ -1,0 +1,63 @@
+"""The shape in which a worker holds KV cache, and its fingerprint.
+
+One page holds all layers of `page_size` consecutive tokens, contiguously:
+
+    [layers, 2 (K then V), page_size, kv_heads, head_dim]      of `dtype`
+
+so that a page is one range of bytes: one descriptor of a transfer engine, one digest. The pool is `pages` of these in a
+row. Two workers can hand over to each other when their fingerprints are equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from cluster.errors import LayoutMismatch
+
+SCHEMA_VERSION = 1
+"""Version of the messages and of the page format; both ends of a connection must have the same."""
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class KVLayout(msgspec.Struct, frozen=True):
+    """What two workers must agree on to exchange pages. `model` is a digest of the weights' identity, not a path."""
+
+    model: str
+    dtype: str
+    page_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    shards: int = 1
+    digest: str = "xxh3_64"
+    version: int = SCHEMA_VERSION
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, all layers, K and V."""
+        return self.token_bytes * self.page_size
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of KV that one token occupies."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that `tokens` tokens occupy."""
+        return -(-tokens // self.page_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that are equal exactly when the layouts are."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+
+    def require_equal(self, other: KVLayout, *, ours: str, theirs: str) -> None:
+        """Raises `LayoutMismatch`, with both layouts and the fields that differ, unless `other` equals this one."""
+        if self == other:
+            return
+        mine, its = msgspec.to_builtins(self), msgspec.to_builtins(other)
+        differing = ", ".join(f"{key}: {mine[key]} != {its[key]}" for key in mine if mine[key] != its[key])
+        raise LayoutMismatch(f"KV layouts differ ({differing}); {ours} has {mine}, {theirs} has {its}")

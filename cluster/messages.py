@@ -1,0 +1,485 @@
+"""Every message that crosses a process boundary, and how it becomes bytes.
+
+All are frozen, tagged by type name and decoded by type. Lengths are in tokens, times in seconds, sizes in bytes.
+`encode` and `decode` are msgpack; `decode` raises `UnknownMessage` for what is not one of these.
+
+    router  <-> worker      RouterHello/WorkerHello, PrefillAttempt, DecodeAttempt, CancelAttempt
+                            -> AttemptStarted, Tokens, AttemptFinished, AttemptFailed, Heartbeat
+    prefill <-> decode      PeerHello both ways (or Refused), then Offer, Grant, Done, Ack, Abort, Aborted
+    worker  <-> bootstrap   Register/Registered (or Refused), Heartbeat, Leave
+    anyone  <-> bootstrap   Watch -> Roster, then Joined, Left, Heartbeat
+    control <-> engine      EngineReady, EngineFailed, FromRouter/ToRouter, RouterGone, FromPeer/ToPeer, PeerUp,
+                            PeerDown, EngineLoad, Stop         (two processes of one worker, see `cluster.ipc`)
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Union
+
+import msgspec
+
+from cluster.errors import ErrorInfo, UnknownMessage
+from cluster.layout import SCHEMA_VERSION, KVLayout
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all messages; the tag on the wire is the class's name."""
+
+
+# --- identities ------------------------------------------------------------------------------------------------------
+
+
+class Role(str, Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Fence(msgspec.Struct, frozen=True):
+    """Names one pairing for good: what carries another fence is of another life and is refused.
+
+    An epoch is the instance of a worker's engine process (nanoseconds at its start); 0 where the pairing has no such
+    leg: a unified decode worker has no prefill leg, a one-token request has no decode leg.
+    """
+
+    request: str
+    attempt: int
+    prefill_epoch: int
+    decode_epoch: int
+
+    def __str__(self) -> str:
+        return f"{self.request}#{self.attempt}"
+
+
+class ProcessIdentity(msgspec.Struct, frozen=True):
+    """A process of one boot of one host; lets a neighbour on that host ask the kernel whether it is dead."""
+
+    boot_id: str
+    pid_namespace: str
+    pid: int
+    start_ticks: int
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """What the router must know of the model that a worker serves."""
+
+    name: str
+    context_length: int
+    vocab_size: int
+
+
+class Member(msgspec.Struct, frozen=True):
+    """One worker instance as bootstrap knows it. `url` is http://host:port, reachable by the others."""
+
+    worker: str
+    role: Role
+    epoch: int
+    url: str
+    layout: KVLayout
+    model: ModelCard
+    transfer: str
+    pool_pages: int
+    max_running: int
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What a heartbeat says of a worker's work. `steps` grows with each engine step: health is progress."""
+
+    queued: int = 0
+    """Attempts that wait for their first compute (prefill) or for KV (decode)."""
+    queued_tokens: int = 0
+    """Prompt tokens of them that are still to be computed."""
+    running: int = 0
+    """Attempts in the step loop."""
+    pages_used: int = 0
+    pages_total: int = 0
+    pages_quarantined: int = 0
+    """Pages that wait for a writer's word, see `kv_transfer.receiver_state`."""
+    transfers: int = 0
+    """Handoffs between their OFFER and their end."""
+    steps: int = 0
+    ready: bool = True
+    owners: dict[str, int] = {}
+    """Pages by kind of owner; sums to `pages_used`."""
+
+
+# --- a request's attempt ---------------------------------------------------------------------------------------------
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How to choose tokens. The router resolves defaults: a worker sees final values only.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch a filter off. `seed` is always set. Penalties count the
+    output so far, not the prompt. `logprobs` is None or the number of alternatives (0: the chosen token only), of the
+    model's distribution before temperature, penalties and filters.
+    """
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop_token_ids: list[int] = []
+    """End-of-sequence tokens included, unless the request ignores them."""
+    logprobs: int | None = None
+
+
+class PrefillAttempt(Message, frozen=True):
+    """Compute the KV of prompt + output, sample the next token, hand over to `decode` (None: it is the last token)."""
+
+    fence: Fence
+    prompt: list[int]
+    sampling: Sampling
+    decode: str | None
+    output: list[int] = []
+    """Tokens that earlier attempts already gave; the next token's offset is len(output)."""
+
+
+class DecodeAttempt(Message, frozen=True):
+    """Await KV from `prefill` and go on from the first token (None: prefill here, unified)."""
+
+    fence: Fence
+    prompt: list[int]
+    sampling: Sampling
+    prefill: str | None
+    output: list[int] = []
+
+
+class CancelAttempt(Message, frozen=True):
+    """Stop working on it and give everything back. Unknown fences are ignored: the attempt may just have ended."""
+
+    fence: Fence
+    reason: str
+
+
+class AttemptStarted(Message, frozen=True):
+    """The leg's first compute begins (prefill), or its first decode step (decode)."""
+
+    fence: Fence
+    role: Role
+
+
+class Logprobs(msgspec.Struct, frozen=True):
+    """Natural logarithms: of the chosen token, and of the most likely ones, best first."""
+
+    chosen: float
+    top: list[tuple[int, float]] = []
+
+
+class Emitted(msgspec.Struct, frozen=True):
+    """Token number `offset` of a request's output."""
+
+    fence: Fence
+    offset: int
+    token: int
+    logprobs: Logprobs | None = None
+
+
+class Tokens(Message, frozen=True):
+    """All tokens of one step that belong to one router."""
+
+    tokens: list[Emitted]
+
+
+class FinishReason(str, Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    HANDED_OFF = "handed_off"
+    """A prefill leg's normal end: decode has acknowledged the pages."""
+    CANCELLED = "cancelled"
+
+
+class PrefillTimings(msgspec.Struct, frozen=True):
+    queue_seconds: float
+    compute_seconds: float
+    tokens: int
+    cached_tokens: int
+    chunks: int
+
+
+class HandoffTimings(msgspec.Struct, frozen=True):
+    grant_wait_seconds: float
+    """OFFER sent until GRANT received."""
+    write_seconds: float
+    """Time with at least one write under way."""
+    exposed_seconds: float
+    """Last chunk computed until ACK: what the handoff added to the request."""
+    pages: int
+    bytes: int
+
+
+class DecodeTimings(msgspec.Struct, frozen=True):
+    await_seconds: float
+    """Attempt received until KV verified (or, unified, until prefilled)."""
+    decode_seconds: float
+    steps: int
+    batch_sum: int
+    """Sum over its steps of the batch size; / steps = the mean batch it ran in."""
+    prefill: PrefillTimings | None = None
+    """Unified only."""
+
+
+class AttemptFinished(Message, frozen=True):
+    """The leg's last word; every page of it is back in the pool (or in quarantine)."""
+
+    fence: Fence
+    role: Role
+    reason: FinishReason
+    prefill: PrefillTimings | None = None
+    handoff: HandoffTimings | None = None
+    decode: DecodeTimings | None = None
+
+
+class AttemptFailed(Message, frozen=True):
+    """The leg ended without its result. `blame` is the leg whose fault it was."""
+
+    fence: Fence
+    role: Role
+    blame: Role
+    error: ErrorInfo
+
+
+class RouterHello(Message, frozen=True):
+    """First frame of a router's connection to a worker."""
+
+    router: str
+    version: int = SCHEMA_VERSION
+
+
+class WorkerHello(Message, frozen=True):
+    """The worker's reply to `RouterHello`."""
+
+    member: Member
+    version: int = SCHEMA_VERSION
+
+
+# --- handing over KV (prefill <-> decode) ----------------------------------------------------------------------------
+
+
+class PeerHello(Message, frozen=True):
+    """First frame in both directions between a prefill worker (who dials) and a decode worker."""
+
+    worker: str
+    role: Role
+    epoch: int
+    layout: KVLayout
+    transfer: str
+    descriptor: bytes
+    """What the other side's transfer backend needs to reach this one's registered pool."""
+    engine: ProcessIdentity
+    """The process that writes, or is written to."""
+    version: int = SCHEMA_VERSION
+
+
+class Refused(Message, frozen=True):
+    """The other side will not talk to us; the connection closes after it."""
+
+    error: ErrorInfo
+
+
+class Offer(Message, frozen=True):
+    """P -> D: I have begun on this request; give me pages for `tokens` tokens of KV."""
+
+    fence: Fence
+    tokens: int
+
+
+class Grant(Message, frozen=True):
+    """D -> P: these pages are yours to write, in order; KV of the first `skip_tokens` tokens is here already.
+
+    `pages[i]` holds tokens [(skip_tokens // page_size + i) * page_size, ...). Until P says DONE or ABORTED, or is
+    proven dead, D neither reads nor reuses them.
+    """
+
+    fence: Fence
+    pages: list[int]
+    skip_tokens: int = 0
+
+
+class Done(Message, frozen=True):
+    """P -> D: all pages are written and no write is under way. `digests[i]` is of `Grant.pages[i]`."""
+
+    fence: Fence
+    first_token: int
+    digests: list[int]
+
+
+class Ack(Message, frozen=True):
+    """D -> P: verified and taken over; P may release its pages."""
+
+    fence: Fence
+
+
+class Abort(Message, frozen=True):
+    """D -> P: stop writing and confirm by ABORTED. `error` says why."""
+
+    fence: Fence
+    error: ErrorInfo
+
+
+class Aborted(Message, frozen=True):
+    """P -> D: no write is under way and none will come. Ends the lease, whoever wanted the end."""
+
+    fence: Fence
+    error: ErrorInfo
+
+
+# --- membership (worker, router <-> bootstrap) -----------------------------------------------------------------------
+
+
+class Register(Message, frozen=True):
+    member: Member
+    version: int = SCHEMA_VERSION
+
+
+class Registered(Message, frozen=True):
+    """Accepted: send a `Heartbeat` every `heartbeat_seconds`; after `lease_seconds` without one you are out."""
+
+    heartbeat_seconds: float
+    lease_seconds: float
+
+
+class Heartbeat(Message, frozen=True):
+    """Goes from a worker to bootstrap and to each connected router, at each interval."""
+
+    worker: str
+    epoch: int
+    load: Load
+
+
+class Leave(Message, frozen=True):
+    worker: str
+    epoch: int
+    reason: str
+
+
+class Watch(Message, frozen=True):
+    """Asks for the roster now and for each change from now on. `watcher` is for the logs."""
+
+    watcher: str
+    version: int = SCHEMA_VERSION
+
+
+class MemberStatus(msgspec.Struct, frozen=True):
+    """A member and its last heartbeat. `age_seconds` is counted by bootstrap's own clock."""
+
+    member: Member
+    load: Load
+    age_seconds: float
+
+
+class Roster(Message, frozen=True):
+    """All live members; replaces whatever the watcher knew."""
+
+    members: list[MemberStatus]
+
+
+class Joined(Message, frozen=True):
+    """A member is new, or came back with a new epoch."""
+
+    member: Member
+
+
+class Left(Message, frozen=True):
+    worker: str
+    epoch: int
+    reason: str
+
+
+# --- between a worker's two processes --------------------------------------------------------------------------------
+
+
+class EngineReady(Message, frozen=True):
+    """First frame of an engine process that has loaded, registered its pool and warmed up."""
+
+    epoch: int
+    layout: KVLayout
+    model: ModelCard
+    pool_pages: int
+    descriptor: bytes
+    process: ProcessIdentity
+
+
+class EngineFailed(Message, frozen=True):
+    """Last frame of an engine process that can't start or can't go on."""
+
+    error: ErrorInfo
+
+
+class EngineLoad(Message, frozen=True):
+    load: Load
+
+
+class FromRouter(Message, frozen=True):
+    router: str
+    message: Union[PrefillAttempt, DecodeAttempt, CancelAttempt]
+
+
+class ToRouter(Message, frozen=True):
+    router: str
+    message: Union[AttemptStarted, Tokens, AttemptFinished, AttemptFailed]
+
+
+class RouterGone(Message, frozen=True):
+    """Its connection broke: all its attempts are cancelled."""
+
+    router: str
+
+
+class FromPeer(Message, frozen=True):
+    worker: str
+    epoch: int
+    message: Union[Offer, Grant, Done, Ack, Abort, Aborted]
+
+
+class ToPeer(Message, frozen=True):
+    """Dropped if that instance is not connected: its `PeerDown` is on the way."""
+
+    worker: str
+    epoch: int
+    message: Union[Offer, Grant, Done, Ack, Abort, Aborted]
+
+
+class PeerUp(Message, frozen=True):
+    """A peer is connected, its hello checked."""
+
+    hello: PeerHello
+
+
+class PeerDown(Message, frozen=True):
+    """The connection to that instance broke. It may live on: a silent connection is no proof of death."""
+
+    worker: str
+    epoch: int
+
+
+class Stop(Message, frozen=True):
+    """Leave the step loop, release the device, exit 0."""
+
+
+HandoffMessage = Union[Offer, Grant, Done, Ack, Abort, Aborted]
+AnyMessage = Union[
+    PrefillAttempt, DecodeAttempt, CancelAttempt, AttemptStarted, Tokens, AttemptFinished, AttemptFailed,
+    RouterHello, WorkerHello, PeerHello, Refused, Offer, Grant, Done, Ack, Abort, Aborted,
+    Register, Registered, Heartbeat, Leave, Watch, Roster, Joined, Left,
+    EngineReady, EngineFailed, EngineLoad, FromRouter, ToRouter, RouterGone, FromPeer, ToPeer, PeerUp, PeerDown, Stop,
+]  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes | bytearray | memoryview) -> AnyMessage:
+    """Raises `UnknownMessage`, with what was wrong, unless `frame` is exactly one message."""
+    try:
+        message: AnyMessage = _decoder.decode(frame)
+    except msgspec.DecodeError as error:
+        raise UnknownMessage(f"not a message of schema version {SCHEMA_VERSION}: {error}") from error
+    return message

@@ -1,0 +1,137 @@
+"""Every metric of Baton: names, labels, buckets. One registry per process, served at its `/metrics`.
+
+Base units, Prometheus suffixes. `Labels` values are few by construction: a worker's name, a role, an error
+class, a route.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from cluster.messages import DecodeTimings, HandoffTimings, Load, PrefillTimings, Role
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5)
+_TOKENS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_BYTES = tuple(float(2**n) for n in range(16, 35, 2))
+
+
+def render(registry: CollectorRegistry) -> bytes:
+    """The text exposition of `registry`."""
+    return generate_latest(registry)
+
+
+class RouterMetrics:
+    """What the router counts. Written from its event loop only."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "baton_requests_total", "Requests by route and their one end.", ["route", "outcome"], registry=registry
+        )
+        self.errors = Counter("baton_request_errors_total", "Errors by class.", ["error"], registry=registry)
+        self.in_flight = Gauge("baton_requests_in_flight", "Requests between arrival and end.", registry=registry)
+        self.prompt_tokens = Histogram(
+            "baton_request_prompt_tokens", "Prompt length of a request.", buckets=_TOKENS, registry=registry
+        )
+        self.output_tokens = Histogram(
+            "baton_request_output_tokens", "Output length of a request.", buckets=_TOKENS, registry=registry
+        )
+        self.first_token = Histogram(
+            "baton_time_to_first_token_seconds", "Arrival to first token.", buckets=_LATENCY, registry=registry
+        )
+        self.inter_token = Histogram(
+            "baton_inter_token_latency_seconds", "Between two tokens of a request.", buckets=_STEP, registry=registry
+        )
+        self.duration = Histogram(
+            "baton_request_duration_seconds", "Arrival to end.", buckets=_LATENCY, registry=registry
+        )
+        self.tokenize = Histogram(
+            "baton_tokenize_seconds", "Template and tokenization of a request.", buckets=_STEP, registry=registry
+        )
+        self.workers = Gauge("baton_workers", "Live workers in the router's view.", ["role"], registry=registry)
+        self.stale = Counter(
+            "baton_stale_messages_total", "Messages refused for their fence.", ["kind"], registry=registry
+        )
+
+
+class WorkerMetrics:
+    """What a worker counts. Written from its control process's event loop only."""
+
+    def __init__(self, worker: str, role: Role) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._labels = {"worker": worker, "role": role.value}
+        names = list(self._labels)
+
+        def counter(name: str, text: str, *more: str) -> Counter:
+            return Counter(name, text, [*names, *more], registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, names, buckets=buckets, registry=registry)
+
+        def gauge(name: str, text: str, *more: str) -> Gauge:
+            return Gauge(name, text, [*names, *more], registry=registry)
+
+        self._attempts = counter("baton_attempts_total", "Attempts by their end.", "outcome")
+        self._tokens = counter("baton_output_tokens_total", "Tokens sampled.")
+        self._prefilled = counter("baton_prefill_tokens_total", "Prompt tokens computed.")
+        self._steps = gauge("baton_engine_steps", "Engine steps since its start.")
+        self._queue_wait = histogram("baton_queue_wait_seconds", "Attempt received to first compute.", _LATENCY)
+        self._prefill = histogram("baton_prefill_seconds", "First chunk to last chunk computed.", _LATENCY)
+        self._handoff = histogram("baton_handoff_seconds", "Time with writes under way.", _LATENCY)
+        self._exposed = histogram("baton_handoff_exposed_seconds", "Last chunk computed to ACK.", _LATENCY)
+        self._grant_wait = histogram("baton_grant_wait_seconds", "OFFER to GRANT.", _LATENCY)
+        self._handoff_size = histogram("baton_handoff_size_bytes", "KV bytes of one handoff.", _BYTES)
+        self._handoff_bytes = counter("baton_handoff_bytes_total", "KV bytes written to peers.")
+        self._batch = histogram("baton_decode_batch_size", "Mean batch size of a request's steps.", _BATCH)
+        self._running = gauge("baton_running_requests", "Attempts in the step loop.")
+        self._waiting = gauge("baton_waiting_requests", "Attempts that wait for compute or KV.")
+        self._waiting_tokens = gauge("baton_waiting_tokens", "Prompt tokens that wait for compute.")
+        self._pages_used = gauge("baton_kv_pages_used", "KV pages that have an owner.", "owner")
+        self._pages = gauge("baton_kv_pages", "KV pages of the pool.")
+        self._quarantined = gauge("baton_kv_pages_quarantined", "Granted pages waiting for their writer's word.")
+        self._transfers = gauge("baton_transfers_in_flight", "Handoffs between OFFER and end.")
+        self._stale = counter("baton_worker_stale_messages_total", "Messages refused for their fence.", "kind")
+        self._peers = gauge("baton_peers", "Connected peers of the other pool.")
+
+    def observe_load(self, load: Load) -> None:
+        self._steps.labels(**self._labels).set(load.steps)
+        self._running.labels(**self._labels).set(load.running)
+        self._waiting.labels(**self._labels).set(load.queued)
+        self._waiting_tokens.labels(**self._labels).set(load.queued_tokens)
+        self._pages.labels(**self._labels).set(load.pages_total)
+        self._quarantined.labels(**self._labels).set(load.pages_quarantined)
+        self._transfers.labels(**self._labels).set(load.transfers)
+        for owner, pages in load.owners.items():
+            self._pages_used.labels(**self._labels, owner=owner).set(pages)
+
+    def observe_tokens(self, count: int) -> None:
+        self._tokens.labels(**self._labels).inc(count)
+
+    def observe_prefill(self, timings: PrefillTimings) -> None:
+        self._queue_wait.labels(**self._labels).observe(timings.queue_seconds)
+        self._prefill.labels(**self._labels).observe(timings.compute_seconds)
+        self._prefilled.labels(**self._labels).inc(timings.tokens - timings.cached_tokens)
+
+    def observe_handoff(self, timings: HandoffTimings) -> None:
+        self._handoff.labels(**self._labels).observe(timings.write_seconds)
+        self._exposed.labels(**self._labels).observe(timings.exposed_seconds)
+        self._grant_wait.labels(**self._labels).observe(timings.grant_wait_seconds)
+        self._handoff_size.labels(**self._labels).observe(timings.bytes)
+        self._handoff_bytes.labels(**self._labels).inc(timings.bytes)
+
+    def observe_decode(self, timings: DecodeTimings) -> None:
+        if timings.steps:
+            self._batch.labels(**self._labels).observe(timings.batch_sum / timings.steps)
+
+    def attempt_ended(self, outcome: str) -> None:
+        self._attempts.labels(**self._labels, outcome=outcome).inc()
+
+    def stale(self, kind: str, count: int = 1) -> None:
+        self._stale.labels(**self._labels, kind=kind).inc(count)
+
+    def peers(self, count: int) -> None:
+        self._peers.labels(**self._labels).set(count)

@@ -1,0 +1,1 @@
+"""The transfer engines. `open_backend` is the only place that knows their names."""
