@@ -12,6 +12,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+Text = Annotated[str, Meta(min_length=1)]
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -46,12 +47,19 @@ class PolicyName(str, Enum):
     ROUND_ROBIN = "round_robin"
 
 
+class LogLevel(str, Enum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 class Model(Section, frozen=True):
-    path: str
+    path: Text
     """A Hugging Face folder, a .gguf file, or the demo model's name."""
     dtype: Dtype = Dtype.BFLOAT16
     """Of weights, activations and KV cache."""
-    name: str | None = None
+    name: Text | None = None
     """What clients call it; by default the last part of `path`."""
     weights: WeightsFrom = WeightsFrom.FILES
     context_length: Positive | None = None
@@ -68,7 +76,7 @@ class KV(Section, frozen=True):
 
 
 class Bootstrap(Section, frozen=True):
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     port: Port = 8998
     heartbeat_seconds: Seconds = 1.0
     lease_seconds: Seconds = 3.0
@@ -76,7 +84,7 @@ class Bootstrap(Section, frozen=True):
 
 
 class Router(Section, frozen=True):
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     port: Port = 8000
     policy: PolicyName = PolicyName.LEAST_LOAD
     default_max_tokens: Positive = 2048
@@ -90,7 +98,7 @@ class Router(Section, frozen=True):
 class Prefill(Section, frozen=True):
     replicas: NonNegative = 1
     """0: a unified cluster, decode workers prefill by themselves."""
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     chunk_tokens: Positive = 512
     """Tokens computed in one step, over all sequences of the batch."""
     max_running: Positive = 64
@@ -100,7 +108,7 @@ class Prefill(Section, frozen=True):
 
 class Decode(Section, frozen=True):
     replicas: Positive = 1
-    host: str = "127.0.0.1"
+    host: Text = "127.0.0.1"
     chunk_tokens: Positive = 512
     """Unified only: prompt tokens computed beside the decodes of one step."""
     max_running: Positive = 64
@@ -108,8 +116,9 @@ class Decode(Section, frozen=True):
 
 
 class Logging(Section, frozen=True):
-    level: str = "info"
+    level: LogLevel = LogLevel.INFO
     json: bool = True
+    """One JSON object per line; false: plain text, for terminals."""
 
 
 class Topology(Section, frozen=True):
