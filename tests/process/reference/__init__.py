@@ -1,1 +1,1 @@
-"""What transformers says the demo model answers: the yardstick of every end-to-end test, and the script that makes it."""
+"""What transformers says the demo model answers: the yardstick of end-to-end tests, and what makes it."""
