@@ -17,6 +17,7 @@
     │   ├── Draining               the worker takes no new work
     │   ├── WorkerLost             the worker or its connection died while it had the request
     │   ├── TransferFailed         KV pages did not arrive, or arrived damaged
+    │   │   └── PeerUnreachable    the peer's memory can't be written to
     │   └── DeadlineExceeded       the request's time is over
     ├── ProtocolError              a peer broke the contract; the message is refused and counted
     │   ├── StaleFence             the message is meant for another epoch, request or attempt
@@ -127,6 +128,10 @@ class WorkerLost(AvailabilityError):
 
 class TransferFailed(AvailabilityError):
     """The KV pages of a request did not arrive whole."""
+
+
+class PeerUnreachable(TransferFailed):
+    """The peer's memory can't be reached: it is dead, or the network to it is."""
 
 
 class DeadlineExceeded(AvailabilityError):

@@ -314,10 +314,11 @@ class Ack(Message, frozen=True):
 
 
 class Abort(Message, frozen=True):
-    """D -> P: stop writing and confirm by ABORTED. `error` says why."""
+    """D -> P: stop writing and confirm by ABORTED. `error` says why, `blame` whose fault it is (None: a cancel)."""
 
     fence: Fence
     error: ErrorInfo
+    blame: Role | None = None
 
 
 class Aborted(Message, frozen=True):
@@ -325,6 +326,7 @@ class Aborted(Message, frozen=True):
 
     fence: Fence
     error: ErrorInfo
+    blame: Role | None = None
 
 
 # --- membership (worker, router <-> bootstrap) -----------------------------------------------------------------------
