@@ -3,6 +3,7 @@
     BatonError
     ├── ConfigError                a topology, a flag or a model folder is wrong; the process does not start
     │   └── ModelError             the model's files are missing, broken or of an architecture we don't run
+    ├── LaunchError                a process of the cluster can't be started or reached, or has died (`baton` only)
     ├── RequestError               the client's input is wrong (HTTP 4xx); retrying the same request is useless
     │   ├── InvalidRequest         400  malformed or out of range
     │   │   └── PromptTooLong      400  does not fit the context or the KV pool
@@ -67,6 +68,10 @@ class ConfigError(BatonError):
 
 class ModelError(ConfigError):
     """The model can't be loaded."""
+
+
+class LaunchError(BatonError):
+    """A process of the cluster can't be started or reached, or has died. Only the `baton` command meets it."""
 
 
 class RequestError(BatonError):

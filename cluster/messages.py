@@ -101,6 +101,8 @@ class Load(msgspec.Struct, frozen=True):
     ready: bool = True
     owners: dict[str, int] = {}
     """Pages by kind of owner; sums to `pages_used`."""
+    stale_messages: int = 0
+    """Messages refused for their fence, since the engine process's start."""
 
 
 # --- a request's attempt ---------------------------------------------------------------------------------------------

@@ -24,6 +24,28 @@ def render(registry: CollectorRegistry) -> bytes:
     return generate_latest(registry)
 
 
+class BootstrapMetrics:
+    """What bootstrap counts. Written from its event loop only."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._members = Gauge("baton_members", "Live members.", ["role"], registry=registry)
+        self._joins = Counter("baton_member_joins_total", "Worker instances that registered.", registry=registry)
+        self._leaves = Counter(
+            "baton_member_leaves_total", "Instances that left or lost their lease.", registry=registry
+        )
+
+    def observe_members(self, roles: list[Role]) -> None:
+        for role in Role:
+            self._members.labels(role=role.value).set(roles.count(role))
+
+    def joined(self) -> None:
+        self._joins.inc()
+
+    def left(self) -> None:
+        self._leaves.inc()
+
+
 class RouterMetrics:
     """What the router counts. Written from its event loop only."""
 

@@ -1,0 +1,89 @@
+"""Starting an engine process: arguments, logs, pinning, the channel; then its step loop; every end has a last word."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.clock import MonotonicClock
+from cluster.config import Cores, Topology
+from cluster.engine_host import failure
+from cluster.errors import BatonError
+from cluster.ipc import ControlGone, EngineChannel
+from cluster.logging import configure, get_logger
+from cluster.messages import EngineReady, HandoffMessage, Message, ToPeer
+from cluster.process import die_with_parent, pin
+from cluster.step_loop import StepHandler, StepLoop
+from cluster.topology import load_topology
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineContext:
+    """What a role needs to build its engine process."""
+
+    topology: Topology
+    name: str
+    host: str
+    epoch: int
+    """Nanoseconds since 1970 at this process's start: of two lives of one worker, the later has the higher one."""
+    cores: list[int]
+    """What this process is pinned to; empty: nothing."""
+    channel: EngineChannel
+    clock: MonotonicClock
+
+    def send(self, message: Message) -> None:
+        """To the control process, now if the socket takes it."""
+        self.channel.send(message)
+        self.channel.flush()
+
+    def send_to_peer(self, worker: str, epoch: int, message: HandoffMessage) -> None:
+        self.send(ToPeer(worker, epoch, message))
+
+
+Build = Callable[[EngineContext], tuple[StepHandler, EngineReady]]
+
+
+def main(program: str, cores_of: Callable[[Topology], Cores], build: Build) -> int:
+    """Runs one engine process to its end and returns its exit status. Called by the process's `__main__` only."""
+    epoch = time.time_ns()
+    die_with_parent()
+    arguments = _parse(program)
+    channel = EngineChannel(socket.socket(fileno=arguments.channel))
+    try:
+        topology = load_topology(arguments.topology, arguments.set)
+        configure(arguments.name, topology.logging)
+        cpus = cores_of(topology)
+        cores = pin(cpus[arguments.index]) if arguments.index < len(cpus) else []
+        context = EngineContext(topology, arguments.name, arguments.host, epoch, cores, channel, MonotonicClock())
+        handler, ready = build(context)
+        channel.send(ready)
+        StepLoop(handler, channel, context.clock).run()
+    except ControlGone:
+        return 0
+    except Exception as error:
+        if isinstance(error, BatonError):
+            log.error("the engine process stops", error=str(error))
+        else:
+            log.exception("the engine process stops by a defect", error=f"{type(error).__name__}: {error}")
+        channel.send(failure(error))
+        with contextlib.suppress(OSError):
+            channel.drain()
+        return 1
+    return 0
+
+
+def _parse(program: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {program}")
+    parser.add_argument("--channel", type=int, required=True, help="file descriptor of the control process's socket")
+    parser.add_argument("--topology", required=True)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--index", type=int, required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--host", required=True)
+    return parser.parse_args()

@@ -1,0 +1,101 @@
+"""Connections between the workers of the two pools, as the control process sees them.
+
+A prefill worker dials, a decode worker accepts; after the hellos both do the same: relay handoff messages between the
+link and the engine process, and tell it who came and went. At most one link per peer: a new one replaces the old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cluster.errors import LayoutMismatch, UnknownMessage, from_info
+from cluster.layout import SCHEMA_VERSION
+from cluster.links import Link
+from cluster.logging import get_logger
+from cluster.messages import (
+    Abort,
+    Aborted,
+    Ack,
+    Done,
+    FromPeer,
+    Grant,
+    Message,
+    Offer,
+    PeerDown,
+    PeerHello,
+    PeerUp,
+    Refused,
+    Role,
+    ToPeer,
+)
+
+log = get_logger(__name__)
+
+HANDOFF_MESSAGES = (Offer, Grant, Done, Ack, Abort, Aborted)
+
+
+def require_compatible(ours: PeerHello, theirs: PeerHello) -> None:
+    """Raises `LayoutMismatch` or `UnknownMessage`, with both sides' values, unless the two can hand over KV."""
+    if theirs.version != ours.version:
+        raise UnknownMessage(
+            f"{theirs.worker} speaks schema version {theirs.version}, {ours.worker} speaks {SCHEMA_VERSION}: "
+            "update the older one"
+        )
+    ours.layout.require_equal(theirs.layout, ours=ours.worker, theirs=theirs.worker)
+    if theirs.transfer != ours.transfer:
+        raise LayoutMismatch(
+            f"transfer engines differ: {ours.worker} uses {ours.transfer}, {theirs.worker} uses {theirs.transfer}"
+        )
+
+
+async def receive_hello(link: Link, role: Role) -> PeerHello:
+    """The first frame of a peer of `role`. Raises `ProtocolError` for anything else, and what a refusal says."""
+    message = await link.receive()
+    if isinstance(message, Refused):
+        raise from_info(message.error)
+    if not isinstance(message, PeerHello) or message.role is not role:
+        raise UnknownMessage(f"expected the hello of a {role.value} worker, got {message}")
+    return message
+
+
+class PeerTable:
+    """The connected peers of one worker. `post` gives a message to the engine process."""
+
+    def __init__(self, post: Callable[[Message], None], on_count: Callable[[int], None]) -> None:
+        self._post = post
+        self._on_count = on_count
+        self._links: dict[str, tuple[int, Link]] = {}
+
+    def send(self, message: ToPeer) -> None:
+        """To that instance, if it is connected; else dropped, as `ToPeer` says."""
+        epoch, link = self._links.get(message.worker, (None, None))
+        if link is not None and epoch == message.epoch:
+            link.post(message.message)
+
+    async def relay(self, hello: PeerHello, link: Link) -> None:
+        """Serves a checked peer until its link ends. Raises `LinkClosed`, or `ProtocolError` for a bad frame."""
+        self._drop(hello.worker)
+        self._links[hello.worker] = (hello.epoch, link)
+        self._post(PeerUp(hello))
+        self._on_count(len(self._links))
+        log.info("peer connected", peer=hello.worker, peer_epoch=hello.epoch)
+        try:
+            while True:
+                message = await link.receive()
+                if not isinstance(message, HANDOFF_MESSAGES):
+                    raise UnknownMessage(f"{type(message).__name__} does not belong between workers")
+                self._post(FromPeer(hello.worker, hello.epoch, message))
+        finally:
+            if self._links.get(hello.worker) == (hello.epoch, link):
+                self._drop(hello.worker)
+
+    async def close(self) -> None:
+        for _, link in list(self._links.values()):
+            await link.close()
+
+    def _drop(self, worker: str) -> None:
+        epoch, link = self._links.pop(worker, (0, None))
+        if link is not None:
+            self._post(PeerDown(worker, epoch))
+            self._on_count(len(self._links))
+            log.info("peer disconnected", peer=worker, peer_epoch=epoch)

@@ -1,0 +1,28 @@
+"""What a process does about itself: where it runs, and that it does not outlive its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Sequence
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Asks the kernel to kill this process when its parent dies (Linux; elsewhere the closed channel has to do)."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (OSError, AttributeError):
+        pass
+
+
+def pin(cores: Sequence[int]) -> list[int]:
+    """Pins this process to those of `cores` that exist here (none do, or none given: it stays free). Returns them."""
+    available = os.sched_getaffinity(0)
+    wanted = sorted(available & set(cores))
+    if wanted:
+        os.sched_setaffinity(0, wanted)
+    return wanted
