@@ -1,0 +1,55 @@
+"""One request as the engine sees it: its tokens, how many of them have KV, and in which pages."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+from cluster.messages import Sampling
+
+
+class Sequence:
+    """Mutable; the scheduler that it was submitted to is the only writer.
+
+    A token's position is its index in prompt + output. KV of positions below `computed` is in `pages`, page i holding
+    positions [i * page_size, (i + 1) * page_size). A step feeds the tokens from `computed` on, and samples the next
+    one when it has fed them all, so there are `pending` >= 1 tokens between two steps. The last token is never fed.
+
+    `output` may begin with tokens of earlier attempts; `sampling.max_tokens` counts them too.
+    """
+
+    __slots__ = ("computed", "key", "output", "pages", "prefill_end", "prompt", "sampling")
+
+    def __init__(
+        self, key: Hashable, prompt: list[int], sampling: Sampling, *, output: Iterable[int] = (), computed: int = 0
+    ) -> None:
+        self.key = key
+        self.prompt = prompt
+        self.sampling = sampling
+        self.output = list(output)
+        self.computed = computed
+        self.pages: list[int] = []
+        self.prefill_end = computed if computed and self.pending == 1 else self.length
+        """Where prefill ends: positions below it are the prompt's (and earlier attempts') to compute; those from it
+        on are decode steps. With KV for all but the last token, there is nothing to prefill."""
+
+    @property
+    def length(self) -> int:
+        """Tokens so far; the position of the next one."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are known and have no KV yet."""
+        return self.length - self.computed
+
+    @property
+    def capacity(self) -> int:
+        """Tokens whose KV this sequence can ever need: all but the last one."""
+        return len(self.prompt) + self.sampling.max_tokens - 1
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """The tokens at positions [start, stop)."""
+        split = len(self.prompt)
+        if start >= split:
+            return self.output[start - split : stop - split]
+        return self.prompt[start:stop] + self.output[: max(0, stop - split)]
