@@ -1,0 +1,160 @@
+"""Which tokens the next step computes: continuous batching with chunked prefill. Pure: no clock, no tensor.
+
+Admission is first come, first served, by committed tokens: a sequence enters when the ledger can give it pages for all
+tokens it may ever need, so a running sequence never runs out. A step computes one token for every sequence that
+decodes, and up to `chunk_tokens` prompt tokens of those that still prefill, oldest first: a long prompt takes several
+steps, short prompts share one, and decoding never waits for more than a chunk.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
+from typing import NamedTuple
+
+from cluster.messages import FinishReason
+from engine.pages import Owner, OwnerKind, PageLedger
+from engine.sequence import Sequence
+
+
+class Chunk(NamedTuple):
+    """Positions [start, start + count) of one sequence, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether it reaches the sequence's end, so that the step yields the next token."""
+        return self.start + self.count == self.sequence.length
+
+    @property
+    def prefills(self) -> bool:
+        return self.start < self.sequence.prefill_end
+
+
+class StepPlan(NamedTuple):
+    """One step's work: decodes first, then prefills, each in order of admission."""
+
+    chunks: list[Chunk]
+    started: list[Sequence]
+    """Those of which this is the first step."""
+
+    @property
+    def sampling(self) -> list[Sequence]:
+        """The sequences that get a token, in the order of their chunks."""
+        return [chunk.sequence for chunk in self.chunks if chunk.samples]
+
+
+class Scheduler:
+    """Holds each sequence from `submit` until it finishes or is cancelled. Allocates pages, never frees them."""
+
+    def __init__(self, ledger: PageLedger, page_size: int, max_running: int, chunk_tokens: int) -> None:
+        self._ledger = ledger
+        self._page_size = page_size
+        self._max_running = max_running
+        self._chunk_tokens = chunk_tokens
+        self._paged: OrderedDict[Hashable, Sequence] = OrderedDict()
+        self._waiting: OrderedDict[Hashable, Sequence] = OrderedDict()
+        self._running: dict[Hashable, Sequence] = {}
+        self._unstarted: set[Hashable] = set()
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queues it. Pages that Owner(SEQUENCE, key) holds already are its first ones; `computed` tokens are there.
+
+        Raises `ValueError` for a key that is here already, or for what can never run: no token without KV, none left to
+        sample, more KV than its pages hold, or more pages than the pool has.
+        """
+        if sequence.key in self._unstarted or sequence.key in self._running:
+            raise ValueError(f"sequence {sequence.key} was submitted twice")
+        sequence.pages = self._ledger.pages_of(_owner(sequence))
+        held = len(sequence.pages) * self._page_size
+        runnable = sequence.pending >= 1 and sequence.length <= sequence.capacity and sequence.computed <= held
+        if not runnable or self._pages_for(sequence) > self._ledger.total:
+            raise ValueError(
+                f"sequence {sequence.key} can't run: {sequence.length} tokens, {sequence.computed} with KV, pages for "
+                f"{held}, at most {sequence.capacity} needed, pool of {self._ledger.total} pages"
+            )
+        # Who has all its pages must not queue behind one that waits for pages: its own may be what that one waits for.
+        queue = self._waiting if self._missing(sequence) else self._paged
+        queue[sequence.key] = sequence
+        self._unstarted.add(sequence.key)
+
+    def cancel(self, key: Hashable) -> bool:
+        """Drops the sequence wherever it is; its pages stay its own. False if there is none."""
+        self._unstarted.discard(key)
+        return any(queue.pop(key, None) is not None for queue in (self._running, self._waiting, self._paged))
+
+    def plan(self) -> StepPlan | None:
+        """Admits what fits and says what to compute now; None if there is nothing."""
+        self._admit(self._paged)
+        self._admit(self._waiting)
+        if not self._running:
+            return None
+        decodes: list[Chunk] = []
+        prefills: list[Chunk] = []
+        budget = self._chunk_tokens
+        for sequence in self._running.values():
+            if sequence.pending == 1:
+                decodes.append(Chunk(sequence, sequence.computed, 1))
+            elif budget:
+                count = min(sequence.pending, budget)
+                prefills.append(Chunk(sequence, sequence.computed, count))
+                budget -= count
+        chunks = decodes + prefills
+        return StepPlan(chunks, [chunk.sequence for chunk in chunks if chunk.sequence.key in self._unstarted])
+
+    def commit(self, plan: StepPlan, tokens: Iterable[int]) -> list[FinishReason | None]:
+        """Takes the tokens of `plan.sampling`; says for each whether its sequence has finished, and so has left."""
+        sampling = plan.sampling
+        for chunk in plan.chunks:
+            chunk.sequence.computed += chunk.count
+        self._unstarted.difference_update(sequence.key for sequence in plan.started)
+        return [self._append(sequence, token) for sequence, token in zip(sampling, tokens, strict=True)]
+
+    @property
+    def running(self) -> int:
+        """Sequences that are admitted."""
+        return len(self._running)
+
+    @property
+    def queued(self) -> int:
+        """Sequences that wait for their first step."""
+        return len(self._unstarted)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens still to be prefilled, of queued sequences and of those that are being prefilled."""
+        everyone = (*self._running.values(), *self._waiting.values(), *self._paged.values())
+        return sum(max(0, sequence.prefill_end - sequence.computed) for sequence in everyone)
+
+    def _admit(self, queue: OrderedDict[Hashable, Sequence]) -> None:
+        while queue and len(self._running) < self._max_running:
+            sequence = next(iter(queue.values()))
+            missing = self._missing(sequence)
+            if missing > self._ledger.free:
+                return
+            sequence.pages += self._ledger.allocate(_owner(sequence), missing)
+            self._running[sequence.key] = queue.pop(sequence.key)
+
+    def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
+        sequence.output.append(token)
+        reason = None
+        if token in sequence.sampling.stop_token_ids:
+            reason = FinishReason.STOP
+        elif len(sequence.output) >= sequence.sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            del self._running[sequence.key]
+        return reason
+
+    def _pages_for(self, sequence: Sequence) -> int:
+        return -(-sequence.capacity // self._page_size)
+
+    def _missing(self, sequence: Sequence) -> int:
+        return max(0, self._pages_for(sequence) - len(sequence.pages))
+
+
+def _owner(sequence: Sequence) -> Owner:
+    return Owner(OwnerKind.SEQUENCE, sequence.key)
