@@ -18,16 +18,16 @@ from engine.sequence import Sequence
 
 
 class Chunk(NamedTuple):
-    """Positions [start, start + count) of one sequence, computed in one step."""
+    """Positions [start, stop) of one sequence, computed in one step."""
 
     sequence: Sequence
     start: int
-    count: int
+    stop: int
 
     @property
     def samples(self) -> bool:
         """Whether it reaches the sequence's end, so that the step yields the next token."""
-        return self.start + self.count == self.sequence.length
+        return self.stop == self.sequence.length
 
     @property
     def prefills(self) -> bool:
@@ -97,10 +97,10 @@ class Scheduler:
         budget = self._chunk_tokens
         for sequence in self._running.values():
             if sequence.pending == 1:
-                decodes.append(Chunk(sequence, sequence.computed, 1))
+                decodes.append(Chunk(sequence, sequence.computed, sequence.length))
             elif budget:
                 count = min(sequence.pending, budget)
-                prefills.append(Chunk(sequence, sequence.computed, count))
+                prefills.append(Chunk(sequence, sequence.computed, sequence.computed + count))
                 budget -= count
         chunks = decodes + prefills
         return StepPlan(chunks, [chunk.sequence for chunk in chunks if chunk.sequence.key in self._unstarted])
@@ -109,7 +109,7 @@ class Scheduler:
         """Takes the tokens of `plan.sampling`; says for each whether its sequence has finished, and so has left."""
         sampling = plan.sampling
         for chunk in plan.chunks:
-            chunk.sequence.computed += chunk.count
+            chunk.sequence.computed = chunk.stop
         self._unstarted.difference_update(sequence.key for sequence in plan.started)
         return [self._append(sequence, token) for sequence, token in zip(sampling, tokens, strict=True)]
 
