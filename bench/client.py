@@ -1,0 +1,100 @@
+"""A client of any OpenAI-compatible `/v1/completions` that remembers when each token came."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import aiohttp
+import msgspec
+
+MAX_EVENT_BYTES = 4 * 1024 * 1024
+CHUNK_PREFIX = b"data:"
+LAST_CHUNK = b"[DONE]"
+
+
+class Timeline(msgspec.Struct, kw_only=True):
+    """What a client saw of one request; times are of the monotonic clock, in seconds."""
+
+    stream: str
+    prompt_tokens: int
+    sent_at: float
+    id: str = ""
+    """The server's name for the request."""
+    arrivals: list[float] = msgspec.field(default_factory=list)
+    """When each chunk that carries tokens came."""
+    counts: list[int] = msgspec.field(default_factory=list)
+    """Tokens of each of these chunks."""
+    ended_at: float | None = None
+    """None while it runs, and for good if the client went away."""
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        return self.arrivals[0] - self.sent_at if self.arrivals else None
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.counts)
+
+    def tokens_between(self, start: float, end: float) -> int:
+        """Tokens that came in [start, end)."""
+        return sum(count for at, count in zip(self.arrivals, self.counts, strict=True) if start <= at < end)
+
+    def gaps_between(self, start: float, end: float) -> list[float]:
+        """Seconds from one token-carrying chunk to the next, for those that came in [start, end)."""
+        return [later - earlier for earlier, later in pairwise(self.arrivals) if start <= later < end]
+
+
+class CompletionClient:
+    """Streams completions of token-id prompts. `options` goes into each request's body as it is."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, model: str, options: Mapping[str, Any]) -> None:
+        self._session = session
+        self._url = f"{url.rstrip('/')}/v1/completions"
+        self._model = model
+        self._options = dict(options)
+
+    async def stream(self, timeline: Timeline, prompt: list[int], max_tokens: int) -> None:
+        """Sends one request and fills `timeline` as the answer comes. An HTTP or connection error is noted there:
+        under load it is a result. Cancelling disconnects."""
+        body = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "stream": True, **self._options}
+        timeline.sent_at = time.monotonic()
+        try:
+            async with self._session.post(self._url, json=body, read_bufsize=MAX_EVENT_BYTES) as response:
+                if response.status != 200:
+                    timeline.error = f"HTTP {response.status}: {(await response.text())[:500]}"
+                else:
+                    await self._read(response, timeline)
+        except (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError) as error:
+            timeline.error = f"{type(error).__name__}: {error}"
+        timeline.ended_at = time.monotonic()
+
+    async def _read(self, response: aiohttp.ClientResponse, timeline: Timeline) -> None:
+        async for line in response.content:
+            if not line.startswith(CHUNK_PREFIX):
+                continue
+            payload = line[len(CHUNK_PREFIX) :].strip()
+            if payload == LAST_CHUNK:
+                return
+            _note(timeline, msgspec.json.decode(payload), time.monotonic())
+        timeline.error = timeline.error or "the stream ended without [DONE]"
+
+
+def _note(timeline: Timeline, chunk: dict[str, Any], now: float) -> None:
+    if "error" in chunk:
+        timeline.error = str(chunk["error"])
+        return
+    timeline.id = timeline.id or str(chunk.get("id", ""))
+    for choice in chunk.get("choices", ()):
+        # Servers that don't tell token ids are taken to send one token a chunk.
+        tokens = choice.get("token_ids")
+        count = len(tokens) if tokens is not None else int(bool(choice.get("text")))
+        if count:
+            timeline.arrivals.append(now)
+            timeline.counts.append(count)
+        timeline.finish_reason = choice.get("finish_reason") or timeline.finish_reason

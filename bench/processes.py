@@ -1,0 +1,57 @@
+"""What the processes of a cluster cost: CPU seconds and resident memory, by process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+
+import psutil
+
+LAUNCHER = "launcher"
+
+
+class ProcessTree:
+    """A launcher and all that it started. A worker's processes (control, engine) count as its own."""
+
+    def __init__(self, pid: int) -> None:
+        self._launcher = psutil.Process(pid)
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """User plus system time since each process's start, by member of the cluster. Ended processes are left out."""
+        total: dict[str, float] = {}
+        for member, process in self._members():
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total[member] = total.get(member, 0.0) + times.user + times.system
+        return total
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Of each single process, named member/pid."""
+        found: dict[str, int] = {}
+        for member, process in self._members():
+            with suppress(psutil.NoSuchProcess):
+                found[f"{member}/{process.pid}"] = process.memory_info().rss
+        return found
+
+    def pids(self) -> dict[str, int]:
+        """The first process of each member: what the launcher itself started."""
+        return {_member_name(child): child.pid for child in self._launcher.children()}
+
+    def _members(self) -> Iterator[tuple[str, psutil.Process]]:
+        yield LAUNCHER, self._launcher
+        for child in self._launcher.children():
+            with suppress(psutil.NoSuchProcess):
+                name = _member_name(child)
+                yield from ((name, process) for process in (child, *child.children(recursive=True)))
+
+
+def _member_name(process: psutil.Process) -> str:
+    """From `python -m prefill_worker ... --index 0` to "prefill-0"; other programs by their own name."""
+    words: list[str] = process.cmdline()
+    if "-m" not in words[:-1]:
+        return str(process.name())
+    module = words[words.index("-m") + 1].split(".")[0]
+    if not module.endswith("_worker"):
+        return module
+    index = words[words.index("--index") + 1] if "--index" in words[:-1] else "0"
+    return f"{module.removesuffix('_worker')}-{index}"
