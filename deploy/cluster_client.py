@@ -1,0 +1,162 @@
+"""What `baton` asks a cluster over HTTP: bootstrap for its workers, the router for health, answers and records."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+
+from cluster.errors import LaunchError
+from cluster.messages import DecodeTimings, HandoffTimings, MemberStatus, PrefillTimings
+
+_ShapeT = TypeVar("_ShapeT")
+
+_PROBE_SECONDS = 2.0
+
+
+class Percentiles(msgspec.Struct, frozen=True):
+    p50: float
+    p99: float
+
+
+class RequestRecord(msgspec.Struct, frozen=True):
+    """Where one request's time went: the router's `GET /v1/requests/{id}`. In seconds; None: there was no such leg."""
+
+    id: str
+    prompt_tokens: int
+    output_tokens: int
+    total_seconds: float
+    queue_seconds: float | None = None
+    prefill: PrefillTimings | None = None
+    handoff: HandoffTimings | None = None
+    decode: DecodeTimings | None = None
+    first_token_seconds: float | None = None
+    inter_token_seconds: Percentiles | None = None
+    prefill_worker: str | None = None
+    decode_worker: str | None = None
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A piece of an answer, and the id of its request."""
+
+    request: str
+    text: str
+
+
+class _Workers(msgspec.Struct, frozen=True):
+    workers: list[MemberStatus]
+
+
+def base_url(host: str, port: int) -> str:
+    """The URL at which this machine reaches a server that listens on `host`, which may be all addresses."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class BootstrapClient:
+    """Asks a bootstrap service. `http` belongs to the caller."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str) -> None:
+        self._http = http
+        self._url = url
+
+    async def workers(self) -> list[MemberStatus]:
+        """All live workers with their last heartbeat. Raises `LaunchError` if bootstrap can't be reached."""
+        body = await _get(self._http, f"{self._url}/workers", "bootstrap")
+        return _parse(body, _Workers, f"{self._url}/workers").workers
+
+
+class RouterClient:
+    """Asks a router. `http` belongs to the caller."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str) -> None:
+        self._http = http
+        self._url = url
+
+    async def check_health(self) -> None:
+        """Raises `LaunchError` unless the router can serve now."""
+        await _get(self._http, f"{self._url}/health", "the router")
+
+    async def record(self, request: str) -> RequestRecord:
+        """Where the time of a finished request went. Raises `LaunchError`."""
+        url = f"{self._url}/v1/requests/{request}"
+        return _parse(await _get(self._http, url, "the router"), RequestRecord, url)
+
+    async def chat(self, model: str, prompt: str, max_tokens: int) -> AsyncIterator[Piece]:
+        """The greedy answer to one user message, piece by piece as it arrives. Raises `LaunchError`."""
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        try:
+            async with self._http.post(f"{self._url}/v1/chat/completions", json=body) as response:
+                if response.status != 200:
+                    raise LaunchError(f"the router answered {response.status}: {(await response.text())[:500]}")
+                async for line in response.content:
+                    piece = _piece(line)
+                    if piece is not None:
+                        yield piece
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            raise LaunchError(f"the answer broke off: {_reason(error)}") from error
+
+
+async def observe(bootstrap: BootstrapClient, router: RouterClient) -> tuple[list[MemberStatus] | None, bool]:
+    """The roster (None: bootstrap does not answer), and whether the router can serve. Raises nothing."""
+
+    async def roster() -> list[MemberStatus] | None:
+        try:
+            return await bootstrap.workers()
+        except LaunchError:
+            return None
+
+    async def healthy() -> bool:
+        try:
+            await router.check_health()
+        except LaunchError:
+            return False
+        return True
+
+    return await asyncio.gather(roster(), healthy())
+
+
+def _piece(line: bytes) -> Piece | None:
+    """What one line of the event stream adds to the answer, if anything."""
+    kind, _, data = line.strip().partition(b": ")
+    if kind != b"data" or data == b"[DONE]":
+        return None
+    try:
+        chunk: dict[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise LaunchError(f"the router's stream is not one of JSON chunks: {error}") from error
+    if "error" in chunk:
+        raise LaunchError(f"the router ended the answer: {chunk['error']}")
+    text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+    return Piece(chunk["id"], text)
+
+
+async def _get(http: aiohttp.ClientSession, url: str, who: str) -> bytes:
+    try:
+        async with http.get(url, timeout=aiohttp.ClientTimeout(_PROBE_SECONDS)) as response:
+            body = await response.read()
+            if response.status != 200:
+                raise LaunchError(f"{who} at {url} answered {response.status}")
+            return body
+    except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        raise LaunchError(f"{who} at {url} does not answer: {_reason(error)}") from error
+
+
+def _parse(body: bytes, shape: type[_ShapeT], url: str) -> _ShapeT:
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except msgspec.DecodeError as error:
+        raise LaunchError(f"{url} answered something else than expected: {error}") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,1 @@
+"""Where a cluster's processes run: each launcher knows one kind of place."""
