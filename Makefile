@@ -12,7 +12,7 @@ STAMP := $(VENV)/.baton-setup
 LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-gpu bench clean
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-gpu test-soak bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/\1|\2/' \
@@ -69,6 +69,9 @@ test: setup  ## all tests that need no GPU
 test-unit: setup  ## the tests that take seconds
 	$(BIN)/pytest tests/unit $(ARGS)
 
+test-soak: setup  ## thousands of requests: does memory grow? (minutes)
+	$(BIN)/pytest tests/process -m soak $(ARGS)
+
 test-gpu: setup  ## the tests that need an NVIDIA GPU
 	@if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then \
 		echo "No NVIDIA GPU here (nvidia-smi finds none): no GPU test was run."; \
@@ -76,7 +79,7 @@ test-gpu: setup  ## the tests that need an NVIDIA GPU
 	else $(BIN)/pytest tests/gpu $(ARGS); fi
 
 bench: setup  ## 1 prefill + 1 decode worker beside a unified worker, under the same load on the same cores
-	$(BIN)/python -m bench $(ARGS)
+	$(BIN)/python -m bench compare $(ARGS)
 
 clean:  ## remove the virtual environment, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
