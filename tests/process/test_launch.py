@@ -1,0 +1,216 @@
+"""`baton` starts real processes (stand-ins for ours, see stand_ins/) and leaves none behind, whatever happens."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.topology import load_topology
+
+BATON = Path(sys.executable).parent / "baton"
+STAND_INS = Path(__file__).parent / "stand_ins"
+PATIENCE = 60.0
+PROCESSES = {"bootstrap", "prefill-0", "decode-0", "decode-1", "router"}
+
+
+class Baton:
+    """One `baton` command, working in a folder of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.run_directory = directory / "run"
+        self.output = ""
+        (directory / "tiny.gguf").write_bytes(b"GGUF")
+        (directory / "t.yaml").write_text(
+            "model: {path: tiny.gguf}\nbootstrap: {port: 0}\nrouter: {port: 0}\ndecode: {replicas: 2}\n"
+        )
+
+    async def start(self, *arguments: str, **behaviours: str) -> None:
+        stand_ins = {name.replace("_", "-"): behaviour for name, behaviour in behaviours.items()}
+        self.process = await asyncio.create_subprocess_exec(
+            BATON,
+            *arguments,
+            cwd=self.directory,
+            env={**os.environ, "PYTHONPATH": str(STAND_INS), "BATON_STAND_IN": json.dumps(stand_ins)},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+
+    async def up(self, **behaviours: str) -> None:
+        await self.start("up", "t.yaml", "--log-dir", "run", **behaviours)
+
+    async def says(self, text: str) -> None:
+        while text not in self.output:
+            line = await asyncio.wait_for(self.process.stdout.readline(), PATIENCE)
+            assert line, f"ended without saying {text!r}:\n{self.output}"
+            self.output += line.decode()
+
+    async def ends(self) -> int:
+        rest = await asyncio.wait_for(self.process.stdout.read(), PATIENCE)
+        self.output += rest.decode()
+        return await asyncio.wait_for(self.process.wait(), PATIENCE)
+
+    def pid(self, name: str) -> int:
+        return int((self.run_directory / f"{name}.pid").read_text())
+
+    def left_over(self) -> list[str]:
+        """Names of the processes that still run; a dead one that nobody has buried does not."""
+        return [file.stem for file in self.run_directory.glob("*.pid") if _runs(int(file.read_text()))]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+async def baton(tmp_path):
+    command = Baton(tmp_path)
+    yield command
+    if command.process.returncode is None:
+        command.process.kill()
+        await command.ends()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_up_starts_all_and_a_signal_stops_all_in_order(baton, number):
+    await baton.up()
+    await baton.says("ready: tiny.gguf at http://127.0.0.1:")
+    assert set(baton.left_over()) == PROCESSES
+
+    baton.process.send_signal(number)
+    assert await baton.ends() == 0
+    assert baton.left_over() == []
+    stopped = (baton.run_directory / "stopped").read_text().split()
+    assert set(stopped) == PROCESSES
+    assert (stopped[0], stopped[-1]) == ("router", "bootstrap")
+
+
+async def test_without_a_terminal_each_phase_is_a_line(baton):
+    await baton.up()
+    await baton.says("ready: ")
+    phases = [line.split()[2:] for line in baton.output.splitlines() if " s  " in line]
+    assert phases[0] == ["bootstrap", "starting"]
+    assert {name for name, phase in phases if phase == "ready"} == PROCESSES
+
+
+async def test_a_worker_that_cannot_start_is_named_with_its_reason(baton):
+    await baton.up(decode_1="crash")
+    assert await baton.ends() == 1
+    assert "error: decode-1 ended (exit code 1): the weights are made of cheese\n" in baton.output
+    assert "stopped error=the weights are made of cheese" in baton.output
+    assert "Traceback" not in baton.output
+    assert baton.left_over() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "end"),
+    [
+        ("prefill-0", signal.SIGUSR1, "prefill-0 ended (exit code 3)"),
+        ("router", signal.SIGKILL, "router was killed (SIGKILL)"),
+    ],
+)
+async def test_a_death_later_stops_the_rest(baton, name, number, end):
+    await baton.up(prefill_0="crash later")
+    await baton.says("ready: ")
+    os.kill(baton.pid(name), number)
+    assert await baton.ends() == 1
+    assert f"error: {end}\nthe end of its log:\n" in baton.output
+    assert baton.left_over() == []
+
+
+async def test_a_second_signal_kills_what_does_not_listen_and_its_children(baton):
+    await baton.up(decode_0="deaf")
+    await baton.says("ready: ")
+    assert "decode-0.child" in baton.left_over()
+    baton.process.terminate()
+    await baton.says("stopping")
+    baton.process.terminate()
+    assert await baton.ends() == 0
+    assert baton.left_over() == []
+
+
+async def test_nothing_outlives_a_killed_launcher(baton):
+    await baton.up(prefill_0="deaf")
+    await baton.says("ready: ")
+    baton.process.kill()
+    await baton.ends()
+
+    async def all_gone() -> None:
+        while set(baton.left_over()) & PROCESSES:  # noqa: ASYNC110 - not our children: no event tells of their end
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(all_gone(), PATIENCE)
+    # A grandchild answers for itself (ours do): this one does not.
+    os.kill(baton.pid("prefill-0.child"), signal.SIGKILL)
+
+
+async def test_a_port_in_use_is_said_before_anything_starts(baton):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        await baton.start("up", "t.yaml", "--log-dir", "run", "--set", f"router.port={port}")
+        assert await baton.ends() == 2
+    assert f"error: router.port: {port} is in use on 127.0.0.1 (by process {os.getpid()}, " in baton.output
+    assert "--set router.port=PORT" in baton.output
+    assert not baton.run_directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ("model.path=nowhere", "error: model.path: there is no model 'nowhere'"),
+        ("kv.page_sise=3", "error: --set kv.page_sise=3: kv.page_sise: unknown key; did you mean kv.page_size?"),
+        ("router.host=192.0.2.1", "error: router.host: 192.0.2.1 is not an address of this machine"),
+    ],
+)
+async def test_a_wrong_setting_is_one_plain_line(baton, setting, error):
+    await baton.start("up", "t.yaml", "--set", setting)
+    assert await baton.ends() == 2
+    assert baton.output.startswith(error)
+    assert len(baton.output.splitlines()) == 1
+
+
+async def test_status_shows_the_workers_of_a_running_cluster(baton, tmp_path_factory):
+    await baton.up()
+    await baton.says("ready: ")
+    other = Baton(tmp_path_factory.mktemp("other"))
+    await other.start("status", "--topology", str(baton.run_directory / "topology.yaml"))
+    assert await other.ends() == 0
+    rows = [line.split() for line in other.output.splitlines()]
+    assert [row[0] for row in rows] == ["worker", "prefill-0", "decode-0", "decode-1"]
+    assert rows[1][3:] == ["ready", "2", "1", "3/8", "0", "7", "0.5", "s", "ago"]
+
+
+async def test_status_of_nothing_is_one_plain_line(baton):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        await baton.start("status", "--url", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        assert await baton.ends() == 1
+    assert baton.output.startswith("error: bootstrap at http://127.0.0.1:")
+    assert "does not answer" in baton.output
+    assert len(baton.output.splitlines()) == 1
+
+
+async def test_demo_streams_an_answer_shows_its_timings_and_stops(baton):
+    await baton.start("demo", "t.yaml", "--log-dir", "run")
+    assert await baton.ends() == 0
+    assert "Light scatters.\n" in baton.output
+    assert "first token" in baton.output and "250.0 ms" in baton.output
+    assert baton.left_over() == []
+
+
+async def test_validate_prints_the_topology_with_its_defaults(baton):
+    await baton.start("validate", "t.yaml", "--set", "kv.page_size=32")
+    assert await baton.ends() == 0
+    (baton.directory / "printed.yaml").write_text(baton.output)
+    assert load_topology(baton.directory / "printed.yaml") == load_topology(
+        baton.directory / "t.yaml", ["kv.page_size=32"]
+    )
