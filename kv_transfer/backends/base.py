@@ -11,7 +11,11 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from cluster.errors import TransferFailed
+import msgspec
+
+from cluster.errors import PeerUnreachable, ProtocolError
+
+__all__ = ["PeerUnreachable", "PoolDescriptor", "PoolMemory", "TransferBackend", "WriteHandle", "WriteState"]
 
 
 class PoolMemory(NamedTuple):
@@ -21,6 +25,52 @@ class PoolMemory(NamedTuple):
     pages: int
     page_bytes: int
     device: str = "cpu"
+    """`cpu`, `cuda` or `cuda:N`."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.pages * self.page_bytes
+
+    def page_address(self, page: int) -> int:
+        """Address of a page of ours. Raises `ValueError` for a number outside the pool."""
+        if not 0 <= page < self.pages:
+            raise ValueError(f"page {page} is not in the pool of {self.pages} pages")
+        return self.address + page * self.page_bytes
+
+
+class PoolDescriptor(msgspec.Struct, frozen=True):
+    """What every backend tells a peer of its pool: `endpoint` is the engine's own, the rest is arithmetic."""
+
+    backend: str
+    endpoint: bytes
+    address: int
+    pages: int
+    page_bytes: int
+    device: str
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, descriptor: bytes, *, backend: str, page_bytes: int) -> PoolDescriptor:
+        """Raises `ProtocolError` unless it is a pool of the same kind of backend and page."""
+        try:
+            found = msgspec.msgpack.decode(descriptor, type=cls)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"the peer's transfer descriptor is unreadable: {error}") from error
+        if (found.backend, found.page_bytes) != (backend, page_bytes):
+            raise ProtocolError(
+                f"the peer's pool is of {found.backend} with pages of {found.page_bytes} bytes; "
+                f"ours is of {backend} with {page_bytes}"
+            )
+        return found
+
+    def page_addresses(self, pages: Sequence[int]) -> list[int]:
+        """Addresses in the peer's process. Raises `ProtocolError` for a page that its pool does not have."""
+        for page in pages:
+            if not 0 <= page < self.pages:
+                raise ProtocolError(f"page {page} is not in the peer's pool of {self.pages} pages")
+        return [self.address + page * self.page_bytes for page in pages]
 
 
 class WriteState(Enum):
@@ -28,15 +78,16 @@ class WriteState(Enum):
     DONE = "done"
     """All bytes are in the peer's memory."""
     FAILED = "failed"
-    """Terminal too: no byte of this write will land any more, some may have."""
+    """Terminal too: we send no byte of this write any more; some may have landed. Bytes that the peer's own kernel
+    holds already may still land while the peer drives its engine (see `kv_transfer.driver.Settle`)."""
 
 
 class WriteHandle(Protocol):
-    """One posted batch of page writes; belongs to the backend that made it."""
+    """One posted batch of page writes."""
 
-
-class PeerUnreachable(TransferFailed):
-    """The peer's memory can't be reached: it is dead, or the network to it is."""
+    def poll(self) -> WriteState:
+        """Drives the write and tells its state; never blocks. A terminal state is told as often as asked. Called on
+        the same thread as the backend."""
 
 
 class TransferBackend(Protocol):
@@ -48,17 +99,16 @@ class TransferBackend(Protocol):
 
     def connect(self, peer: str, descriptor: bytes) -> None:
         """Makes `peer`'s pool writable under that name. Replaces an earlier peer of that name, whose writes must have
-        ended. May block for as long as a TCP connect. Raises `PeerUnreachable`."""
+        ended. May block for as long as a TCP connect. Raises `PeerUnreachable`, or `ProtocolError` for a descriptor
+        that does not fit ours."""
 
     def disconnect(self, peer: str) -> None:
         """Forgets `peer`; unknown names are fine. Its writes must have ended."""
 
     def write(self, peer: str, sources: Sequence[int], targets: Sequence[int]) -> WriteHandle:
         """Posts the copy of our page sources[i] to the peer's page targets[i], for all i. Our pages must not change
-        until the handle is terminal. Raises `PeerUnreachable`, or `ValueError` for a page number outside a pool."""
-
-    def poll(self, handle: WriteHandle) -> WriteState:
-        """Drives the write and tells its state. A terminal state is told as often as asked."""
+        until the handle is terminal. Raises `PeerUnreachable` for a peer that is not connected or known to be dead,
+        `ProtocolError` for a target outside its pool, `ValueError` for a source outside ours."""
 
     def progress(self) -> None:
         """Drives what peers write to us; called regularly while any grant is open. Never blocks."""

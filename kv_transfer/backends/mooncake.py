@@ -1,0 +1,176 @@
+"""Mooncake's transfer engine: RDMA where there is a NIC, TCP otherwise.
+
+Its batch write blocks, and one that it reports as failed may go on in its own threads until the engine is destroyed. So
+each peer has an engine of its own and a thread that waits for it (an engine costs a millisecond, three sleeping
+threads and a port): a failed write is called FAILED only after its engine is gone, without disturbing other peers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from cluster.config import TransferName
+from cluster.errors import ConfigError, PeerUnreachable
+from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
+from kv_transfer.backends.environment import apply_defaults
+
+ENTRIES_PER_BATCH = 1024
+"""Mooncake refuses batches of more than about 2,000 entries."""
+
+_NO_LOG = 3
+"""glog's level that leaves out everything but what ends the process."""
+
+
+@dataclass
+class MooncakeWrite:
+    """One batch, as addresses; its peer's thread sets `state`, once."""
+
+    sources: list[int]
+    targets: list[int]
+    state: WriteState = WriteState.PENDING
+
+    def poll(self) -> WriteState:
+        return self.state
+
+
+class _Channel:
+    """Our way to one peer: an engine, and the thread that waits for its writes, in order."""
+
+    def __init__(self, host: str, pool: PoolMemory, remote: PoolDescriptor, peer: str) -> None:
+        self.remote = remote
+        self._pool = pool
+        self._engine = _open_engine(host, pool)
+        self._writes: SimpleQueue[MooncakeWrite | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"mooncake {peer}", daemon=True)
+        self._thread.start()
+
+    @property
+    def broken(self) -> bool:
+        return self._engine is None
+
+    def post(self, write: MooncakeWrite) -> None:
+        self._writes.put(write)
+
+    def close(self) -> None:
+        """Returns at once; the engine's end takes about a second, on the channel's thread."""
+        self._writes.put(None)
+
+    def _run(self) -> None:
+        while True:
+            write = self._writes.get()
+            if write is None:
+                self._engine = None
+                return
+            write.state = WriteState.DONE if self._copy(write) else WriteState.FAILED
+
+    def _copy(self, write: MooncakeWrite) -> bool:
+        """Whether all is in the peer's memory. If not, the engine is gone when this returns, with all its writes."""
+        session = self.remote.endpoint.decode()
+        for start in range(0, len(write.sources), ENTRIES_PER_BATCH):
+            sources = write.sources[start : start + ENTRIES_PER_BATCH]
+            targets = write.targets[start : start + ENTRIES_PER_BATCH]
+            sizes = [self._pool.page_bytes] * len(sources)
+            if self._engine is None or self._engine.batch_transfer_sync_write(session, sources, targets, sizes) != 0:
+                self._engine = None
+                return False
+        return True
+
+
+class MooncakeBackend:
+    """A `TransferBackend`. `host` is the address at which peers reach us.
+
+    Raises `ConfigError` if Mooncake is not installed or can't be loaded.
+    """
+
+    name = "mooncake"
+
+    def __init__(self, host: str, pool: PoolMemory) -> None:
+        self._host = host
+        self._pool = pool
+        self._engine = _open_engine(host, pool)
+        self._channels: dict[str, _Channel] = {}
+        self.descriptor = PoolDescriptor(
+            self.name,
+            f"{host}:{self._engine.get_rpc_port()}".encode(),
+            pool.address,
+            pool.pages,
+            pool.page_bytes,
+            pool.device,
+        ).encode()
+
+    def connect(self, peer: str, descriptor: bytes) -> None:
+        remote = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self._pool.page_bytes)
+        self.disconnect(peer)
+        self._channels[peer] = _Channel(self._host, self._pool, remote, peer)
+
+    def disconnect(self, peer: str) -> None:
+        channel = self._channels.pop(peer, None)
+        if channel is not None:
+            channel.close()
+
+    def write(self, peer: str, sources: Sequence[int], targets: Sequence[int]) -> MooncakeWrite:
+        channel = self._channels.get(peer)
+        if channel is None or channel.broken:
+            raise PeerUnreachable(f"{peer} is not connected")
+        write = MooncakeWrite(
+            [self._pool.page_address(page) for page in sources], channel.remote.page_addresses(targets)
+        )
+        channel.post(write)
+        return write
+
+    def progress(self) -> None:
+        """Nothing to do: Mooncake's own threads sleep in the kernel until a peer writes."""
+
+    def close(self) -> None:
+        for peer in list(self._channels):
+            self.disconnect(peer)
+        if self._engine is not None:
+            self._engine.unregister_memory(self._pool.address)
+        self._engine = None
+
+
+def _open_engine(host: str, pool: PoolMemory) -> Any:
+    """A started engine with the pool registered."""
+    engine = _import_engine().TransferEngine()
+    # "rdma" is TCP where there is no NIC, but says so only in its log; where there is none we ask for TCP outright.
+    protocol = "rdma" if _has_nic() else "tcp"
+    if engine.initialize(host, "P2PHANDSHAKE", protocol, "") != 0:
+        raise ConfigError(f"kv.transfer: mooncake can't start on {host}")
+    if engine.register_memory(pool.address, pool.total_bytes) != 0:
+        raise ConfigError(f"kv.transfer: mooncake can't register {pool.total_bytes} bytes of {pool.device} memory")
+    return engine
+
+
+def _has_nic() -> bool:
+    devices = Path("/sys/class/infiniband")
+    return devices.is_dir() and any(devices.iterdir())
+
+
+def _import_engine() -> Any:
+    apply_defaults(TransferName.MOONCAKE)
+    try:
+        from mooncake import engine
+    except ImportError as error:
+        raise ConfigError(
+            f"kv.transfer: mooncake can't be loaded ({error}); install it with: pip install "
+            "'baton-serving[mooncake-cpu]' (or [mooncake] on machines with CUDA); it needs libibverbs.so.1"
+        ) from error
+    _quiet(engine.__file__)
+    return engine
+
+
+def _quiet(library: str) -> None:
+    """Mooncake writes lines of alarm to stderr in normal use, and has no setting for it: glog's own flag has."""
+    try:
+        level = ctypes.c_int.in_dll(ctypes.CDLL(library), "_ZN3fLI17FLAGS_minloglevelE")
+    except (OSError, ValueError):
+        return
+    if "GLOG_minloglevel" not in os.environ:
+        level.value = _NO_LOG

@@ -1,0 +1,167 @@
+"""NIXL over UCX: RDMA where there is a NIC, CUDA IPC or process_vm_writev within a host, TCP otherwise.
+
+The agent runs without NIXL's progress thread, which would spin a core: the transfer thread drives both ends. Page
+descriptors are prepared once per pool, so that a write is a list of page numbers. There is no deadline of NIXL's own;
+UCX's TCP timeouts (see `environment`) turn a partition into a failed write after about five seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cluster.config import TransferName
+from cluster.errors import ConfigError, PeerUnreachable
+from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
+from kv_transfer.backends.environment import apply_defaults
+
+_STATES = {"DONE": WriteState.DONE, "PROC": WriteState.PENDING, "ERR": WriteState.FAILED}
+
+
+class NixlWrite:
+    """One posted request. NIXL's handle is released as soon as the write is terminal, and never before: NIXL would
+    forget a pending write, not stop it."""
+
+    def __init__(self, agent: Any, request: Any, peer_faults: tuple[type[Exception], ...]) -> None:
+        self._agent = agent
+        self._request = request
+        self._peer_faults = peer_faults
+        self._state = WriteState.PENDING
+        self._advance(agent.transfer)
+
+    def poll(self) -> WriteState:
+        if self._state is WriteState.PENDING:
+            self._advance(self._agent.check_xfer_state)
+        return self._state
+
+    def _advance(self, step: Callable[[Any], str]) -> None:
+        """Posts or asks. A fault of the connection is terminal: UCX then drops all that was posted on it."""
+        try:
+            self._state = _STATES[step(self._request)]
+        except self._peer_faults:
+            self._state = WriteState.FAILED
+        if self._state is not WriteState.PENDING:
+            with contextlib.suppress(*self._peer_faults):  # its destructor tries again
+                self._request.release()
+            self._request = None
+
+
+@dataclass
+class _Peer:
+    agent: str
+    pages: Any
+    pool: PoolDescriptor
+
+
+class NixlBackend:
+    """A `TransferBackend`. `agent` is for NIXL's logs; a random part makes each instance a new one to its peers.
+
+    Raises `ConfigError` if NIXL is not installed.
+    """
+
+    name = "nixl"
+
+    def __init__(self, agent: str, pool: PoolMemory) -> None:
+        api = _import_api()
+        kinds = api.nixlBind
+        # They have no common base. Others that NIXL raises are our own mistakes and end the process.
+        self._peer_faults: tuple[type[Exception], ...] = (
+            kinds.nixlBackendError,
+            kinds.nixlCancelledError,
+            kinds.nixlNotFoundError,
+            kinds.nixlRemoteDisconnectError,
+        )
+        self._pool = pool
+        self._memory, self._device = _memory_kind(pool.device)
+        config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        self._agent = api.nixl_agent(f"{agent}-{uuid.uuid4().hex[:12]}", config)
+        self._registration = self._agent.register_memory(
+            [(pool.address, pool.total_bytes, self._device, "")], self._memory
+        )
+        self._pages = self._prepare("NIXL_INIT_AGENT", pool.address, pool.pages, self._memory, self._device)
+        self._peers: dict[str, _Peer] = {}
+        self._closed = False
+        self.descriptor = PoolDescriptor(
+            self.name, self._agent.get_agent_metadata(), pool.address, pool.pages, pool.page_bytes, pool.device
+        ).encode()
+
+    def connect(self, peer: str, descriptor: bytes) -> None:
+        pool = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self._pool.page_bytes)
+        self.disconnect(peer)
+        try:
+            added = self._agent.add_remote_agent(pool.endpoint)
+            name = added.decode() if isinstance(added, bytes) else added
+            pages = self._prepare(name, pool.address, pool.pages, *_memory_kind(pool.device))
+        except self._peer_faults as error:
+            raise PeerUnreachable(f"can't reach the memory of {peer}: {error}") from error
+        self._peers[peer] = _Peer(name, pages, pool)
+
+    def disconnect(self, peer: str) -> None:
+        known = self._peers.pop(peer, None)
+        if known is None:
+            return
+        known.pages.release()
+        with contextlib.suppress(*self._peer_faults):  # NIXL may have dropped it when the connection broke
+            self._agent.remove_remote_agent(known.agent)
+
+    def write(self, peer: str, sources: Sequence[int], targets: Sequence[int]) -> NixlWrite:
+        if peer not in self._peers:
+            raise PeerUnreachable(f"{peer} is not connected")
+        known = self._peers[peer]
+        for page in sources:
+            self._pool.page_address(page)
+        known.pool.page_addresses(targets)
+        try:
+            request = self._agent.make_prepped_xfer("WRITE", self._pages, list(sources), known.pages, list(targets))
+        except self._peer_faults as error:
+            raise PeerUnreachable(f"can't write to {peer}: {error}") from error
+        return NixlWrite(self._agent, request, self._peer_faults)
+
+    def progress(self) -> None:
+        # Asking for notifications, of which we send none, is how NIXL lets a passive side drive its connections.
+        self._agent.get_new_notifs()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for peer in list(self._peers):
+            self.disconnect(peer)
+        self._pages.release()
+        self._agent.deregister_memory(self._registration)
+        del self._agent
+
+    def _prepare(self, agent: str, address: int, pages: int, memory: str, device: int) -> Any:
+        """Descriptors of all pages of a pool, ours or a peer's; rows of (address, bytes, device)."""
+        size = self._pool.page_bytes
+        rows = np.empty((pages, 3), dtype=np.uint64)
+        rows[:, 0] = address + np.arange(pages, dtype=np.uint64) * np.uint64(size)
+        rows[:, 1] = size
+        rows[:, 2] = device
+        return self._agent.prep_xfer_dlist(agent, rows, memory)
+
+
+def _import_api() -> ModuleType:
+    apply_defaults(TransferName.NIXL)
+    try:
+        from nixl import _api
+    except ImportError as error:
+        raise ConfigError(f"kv.transfer: nixl can't be loaded ({error}); install it with: pip install nixl") from error
+    api: ModuleType = _api
+    return api
+
+
+def _memory_kind(device: str) -> tuple[str, int]:
+    """NIXL's name of the memory, and the device's number."""
+    if device == "cpu":
+        return "DRAM", 0
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        raise ConfigError(f"kv.transfer: nixl knows no memory of device {device!r}")
+    return "VRAM", int(number or 0)

@@ -1,0 +1,279 @@
+"""Everything the transfer thread does, without the thread: commands in, results out, one backend in between.
+
+    Connect, Disconnect     a peer instance that we may write to (sender)
+    PostWrites              -> WritesEnded, with the digests of the pages that were sent (sender)
+    ExpectWrites            a peer may write to us: the backend needs `progress` (receiver)
+    ComputeDigests          -> DigestsComputed; the writes have ended well (receiver)
+    Settle                  -> Settled; the writes have ended badly (receiver)
+
+A peer here is one instance of a worker, `worker@epoch`: a successor is another peer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, Union
+
+from cluster.clock import Clock
+from cluster.errors import AvailabilityError, BatonError, PeerUnreachable, ProtocolError
+from cluster.messages import Fence
+from kv_transfer.backends.base import TransferBackend, WriteHandle, WriteState
+from kv_transfer.plan import Batch
+
+SETTLE_SECONDS = 0.05
+SETTLE_TURNS = 50
+"""A failed writer's last bytes may already be in our kernel's socket buffers, from where our own end of the transfer
+engine still delivers them: with TCP, a receiver that is stopped, given up by its writer and resumed gets late bytes
+(observed with NIXL and Mooncake; at most one socket buffer, 6 MB). So the engine is driven for so long, and so often,
+after the writer's word or death, before a page is called free. It comes on top of that proof, never instead."""
+
+
+@dataclass(frozen=True)
+class Connect:
+    peer: str
+    descriptor: bytes
+
+
+@dataclass(frozen=True)
+class Disconnect:
+    """Takes effect when the peer's writes have ended."""
+
+    peer: str
+
+
+@dataclass(frozen=True)
+class PostWrites:
+    fence: Fence
+    peer: str
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class ExpectWrites:
+    """Lasts until `ComputeDigests` or `Settle` for the same fence."""
+
+    fence: Fence
+
+
+@dataclass(frozen=True)
+class ComputeDigests:
+    """Ends the expectation; `pages` may be empty."""
+
+    fence: Fence
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Ends the expectation; see `SETTLE_SECONDS`."""
+
+    fence: Fence
+
+
+@dataclass(frozen=True)
+class WritesEnded:
+    """A batch is terminal: our pages are not read any more. Times are of the driver's clock."""
+
+    fence: Fence
+    batch: Batch
+    error: BatonError | None
+    digests: tuple[int, ...]
+    started: float
+    ended: float
+
+
+@dataclass(frozen=True)
+class DigestsComputed:
+    fence: Fence
+    digests: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Settled:
+    fence: Fence
+
+
+Command = Union[Connect, Disconnect, PostWrites, ExpectWrites, ComputeDigests, Settle]
+Result = Union[WritesEnded, DigestsComputed, Settled]
+
+
+class TransferPort(Protocol):
+    """What sender and receiver need of the transfer thread."""
+
+    def post(self, command: Command) -> None:
+        """Never blocks."""
+
+    def results(self) -> list[Result]:
+        """What has ended since the last call. Raises whatever ended the thread."""
+
+
+class Digester(Protocol):
+    def of(self, pages: Sequence[int]) -> list[int]: ...
+
+
+@dataclass
+class _Peer:
+    """`connected`: the backend knows it; `broken`: a write failed, the connection has to be made anew."""
+
+    descriptor: bytes
+    connected: bool = False
+    broken: bool = False
+    leaving: bool = False
+    in_flight: int = 0
+
+
+@dataclass
+class _Write:
+    command: PostWrites
+    handle: WriteHandle
+    digests: tuple[int, ...]
+    started: float
+
+
+@dataclass
+class _Settling:
+    until: float
+    turns: int = field(default=SETTLE_TURNS)
+
+
+class TransferDriver:
+    """Owns the backend. All methods on one thread. Only typed errors become results; any other propagates."""
+
+    def __init__(self, backend: TransferBackend, digester: Digester | None, clock: Clock) -> None:
+        self._backend = backend
+        self._digester = digester
+        self._clock = clock
+        self._peers: dict[str, _Peer] = {}
+        self._writes: deque[_Write] = deque()
+        self._expected: set[Fence] = set()
+        self._settling: dict[Fence, _Settling] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether `turn` has anything to drive."""
+        return bool(self._writes or self._expected or self._settling)
+
+    def take(self, command: Command) -> list[Result]:
+        """Carries out one command, as far as it goes without waiting."""
+        if isinstance(command, PostWrites):
+            return self._post(command)
+        if isinstance(command, ComputeDigests):
+            self._expected.discard(command.fence)
+            return [DigestsComputed(command.fence, self._digests(command.pages))]
+        if isinstance(command, Connect):
+            self._connect(command)
+        elif isinstance(command, Disconnect):
+            self._disconnect(command.peer)
+        elif isinstance(command, ExpectWrites):
+            self._expected.add(command.fence)
+        else:
+            self._expected.discard(command.fence)
+            self._settling[command.fence] = _Settling(self._clock.now() + SETTLE_SECONDS)
+        return []
+
+    def turn(self) -> list[Result]:
+        """Drives all that is under way, once."""
+        if self._expected or self._settling:
+            self._backend.progress()
+        return self._poll_writes() + self._settle()
+
+    def idle(self) -> None:
+        """Lets the backend look after its connections while nothing is under way; a few times a second."""
+        self._backend.progress()
+
+    def close(self) -> None:
+        self._backend.close()
+
+    # --- writes --------------------------------------------------------------------------------------------------
+
+    def _post(self, command: PostWrites) -> list[Result]:
+        started = self._clock.now()
+        batch = command.batch
+        try:
+            peer = self._reachable(command.peer)
+            handle = self._backend.write(command.peer, batch.sources, batch.targets)
+        except (AvailabilityError, ProtocolError) as error:
+            return [WritesEnded(command.fence, batch, error, (), started, self._clock.now())]
+        peer.in_flight += 1
+        # After the post, so that an engine with a NIC moves the bytes meanwhile.
+        self._writes.append(_Write(command, handle, self._digests(batch.sources), started))
+        return []
+
+    def _poll_writes(self) -> list[Result]:
+        results: list[Result] = []
+        for _ in range(len(self._writes)):
+            write = self._writes.popleft()
+            state = write.handle.poll()
+            if state is WriteState.PENDING:
+                self._writes.append(write)
+                continue
+            failed = state is WriteState.FAILED
+            self._ended(write.command.peer, failed=failed)
+            error = PeerUnreachable(f"the write to {write.command.peer} failed") if failed else None
+            results.append(
+                WritesEnded(
+                    write.command.fence, write.command.batch, error, write.digests, write.started, self._clock.now()
+                )
+            )
+        return results
+
+    def _ended(self, name: str, *, failed: bool) -> None:
+        """One write less; a connection that failed, or is not wanted any more, goes with its last one."""
+        peer = self._peers[name]
+        peer.in_flight -= 1
+        peer.broken |= failed
+        if peer.in_flight == 0 and (peer.broken or peer.leaving):
+            self._backend.disconnect(name)
+            peer.connected = peer.broken = False
+            if peer.leaving:
+                del self._peers[name]
+
+    # --- peers ---------------------------------------------------------------------------------------------------
+
+    def _reachable(self, name: str) -> _Peer:
+        """The peer, connected; connects again after a failure, once its failed writes have ended."""
+        peer = self._peers.get(name)
+        if peer is None:
+            raise PeerUnreachable(f"{name} is not connected")
+        if peer.broken:
+            raise PeerUnreachable(f"an earlier write to {name} failed and others are still ending")
+        if not peer.connected:
+            self._backend.connect(name, peer.descriptor)
+            peer.connected = True
+        return peer
+
+    def _connect(self, command: Connect) -> None:
+        """Ahead of the first write, to spare it the time; if it fails, that write will try again and tell."""
+        peer = self._peers.setdefault(command.peer, _Peer(command.descriptor))
+        peer.leaving = False
+        try:
+            self._reachable(command.peer)
+        except (AvailabilityError, ProtocolError):
+            return
+
+    def _disconnect(self, name: str) -> None:
+        peer = self._peers.get(name)
+        if peer is None:
+            return
+        peer.leaving = True
+        if peer.in_flight == 0:
+            del self._peers[name]
+            if peer.connected:
+                self._backend.disconnect(name)
+
+    # --- pages that others write -----------------------------------------------------------------------------------
+
+    def _digests(self, pages: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self._digester.of(pages)) if self._digester else ()
+
+    def _settle(self) -> list[Result]:
+        now = self._clock.now()
+        results: list[Result] = []
+        for fence, settling in list(self._settling.items()):
+            settling.turns -= 1
+            if settling.turns <= 0 and now >= settling.until:
+                del self._settling[fence]
+                results.append(Settled(fence))
+        return results

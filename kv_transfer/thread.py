@@ -1,0 +1,89 @@
+"""The thread that owns the transfer backend, so that the step loop never waits for it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from cluster.clock import Clock
+from kv_transfer.backends.base import TransferBackend
+from kv_transfer.driver import Command, Digester, Result, TransferDriver
+
+SHORTEST_NAP = 100e-6
+LONGEST_NAP = 1e-3
+NAP_GROWTH = 1.5
+"""Seconds between two looks at what is under way: short after something happened, then longer. Engines that move bytes
+inside of `poll` or `progress` do so until nothing is left, so a nap costs latency, not bandwidth."""
+IDLE_SECONDS = 0.5
+"""Seconds between two looks while nothing is under way; a command wakes the thread at once."""
+
+
+class TransferThread:
+    """Runs a `TransferDriver`. `post`, `results` and `close` are for the step loop; none of them waits, but `close`.
+
+    `wake` is called on this thread after results have arrived, and when the thread dies of an error; it must not block.
+    `digester` None: no digests.
+    """
+
+    def __init__(
+        self, backend: TransferBackend, digester: Digester | None, clock: Clock, wake: Callable[[], None]
+    ) -> None:
+        self.name = backend.name
+        self.descriptor = backend.descriptor
+        self._driver = TransferDriver(backend, digester, clock)
+        self._wake = wake
+        self._commands: SimpleQueue[Command | None] = SimpleQueue()
+        self._results: deque[Result] = deque()
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="kv-transfer", daemon=True)
+        self._thread.start()
+
+    def post(self, command: Command) -> None:
+        self._commands.put(command)
+
+    def results(self) -> list[Result]:
+        """What has ended since the last call. Raises the error that ended the thread, if one did."""
+        found = [self._results.popleft() for _ in range(len(self._results))]
+        if self._death is not None and not found:
+            raise self._death
+        return found
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Ends the thread and closes the backend; commands posted before are carried out. A second call does nothing.
+
+        Writes under way are not waited for: whoever closes has ended its handoffs, or ends its process.
+        """
+        self._commands.put(None)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+            self._driver.close()
+        except Exception as error:  # noqa: BLE001 - this thread's outermost call: the step loop raises it in `results`
+            self._death = error
+            self._wake()
+
+    def _loop(self) -> None:
+        nap = SHORTEST_NAP
+        while True:
+            try:
+                command = self._commands.get(timeout=nap if self._driver.busy else IDLE_SECONDS)
+            except Empty:
+                results: list[Result] = []
+                nap = min(nap * NAP_GROWTH, LONGEST_NAP)
+            else:
+                if command is None:
+                    return
+                results = self._driver.take(command)
+                nap = SHORTEST_NAP
+            if self._driver.busy:
+                results += self._driver.turn()
+            else:
+                self._driver.idle()
+            if results:
+                nap = SHORTEST_NAP
+                self._results.extend(results)
+                self._wake()
