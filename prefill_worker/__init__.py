@@ -1,0 +1,1 @@
+"""A worker of the prefill pool: queue, chunked prefill, hand over, release."""
