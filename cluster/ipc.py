@@ -107,6 +107,7 @@ class EngineChannel:
         """Sends everything, however long that takes: for the last words."""
         self._socket.setblocking(True)
         self._socket.sendall(self._outbox)
+        self._socket.setblocking(False)
         self._outbox.clear()
 
 

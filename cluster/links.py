@@ -22,6 +22,7 @@ PING_SECONDS = 10.0
 """Idle links are pinged; one that does not answer within half of this is closed."""
 DIAL_SECONDS = 5.0
 CLOSE_SECONDS = 1.0
+"""How long the other side may take to answer a close."""
 
 Socket = aiohttp.ClientWebSocketResponse | web.WebSocketResponse
 
@@ -70,11 +71,10 @@ class Link:
         """Sends what is posted, as far as the other side still reads, and ends the link."""
         self._closed = True
         self._wake.set()
-        try:
-            await asyncio.wait_for(asyncio.shield(self._writer), CLOSE_SECONDS)
-        except asyncio.TimeoutError:
+        await asyncio.wait({self._writer}, timeout=2 * CLOSE_SECONDS)
+        if not self._writer.done():
             self._writer.cancel()
-        await self._socket.close()
+            await asyncio.wait({self._writer})
 
     async def _write(self) -> None:
         while True:
@@ -96,7 +96,14 @@ async def dial(session: aiohttp.ClientSession, url: str) -> Link:
     """Connects to the WebSocket at `url` (http://host:port/path). Raises `LinkClosed` with the reason."""
     try:
         socket = await asyncio.wait_for(
-            session.ws_connect(url, max_msg_size=MAX_FRAME_BYTES, heartbeat=PING_SECONDS, compress=0), DIAL_SECONDS
+            session.ws_connect(
+                url,
+                max_msg_size=MAX_FRAME_BYTES,
+                heartbeat=PING_SECONDS,
+                compress=0,
+                timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_SECONDS),
+            ),
+            DIAL_SECONDS,
         )
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
         raise LinkClosed(f"can't connect to {url}: {error or type(error).__name__}") from error
@@ -105,7 +112,9 @@ async def dial(session: aiohttp.ClientSession, url: str) -> Link:
 
 async def accept(request: web.Request) -> Link:
     """Turns an HTTP request into the server's end of a link."""
-    socket = web.WebSocketResponse(max_msg_size=MAX_FRAME_BYTES, heartbeat=PING_SECONDS, compress=False)
+    socket = web.WebSocketResponse(
+        max_msg_size=MAX_FRAME_BYTES, heartbeat=PING_SECONDS, compress=False, timeout=CLOSE_SECONDS
+    )
     await socket.prepare(request)
     return Link(socket, request.remote or "unknown")
 
