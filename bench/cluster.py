@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 from bench.processes import ProcessTree
 from cluster.errors import LaunchError
 from cluster.messages import MemberStatus, Role
+from cluster.topology import load_topology
 
 READY_SECONDS = 180.0
 STOP_SECONDS = 40.0
@@ -45,13 +45,15 @@ class Cluster:
     """One topology, run by `baton up`; a context manager that leaves no process behind."""
 
     def __init__(self, topology: Path, settings: Sequence[str], log_dir: Path) -> None:
-        """`settings` are further `--set` values, after those of the free ports."""
+        """`settings` are further `--set` values, after those of the free ports. Raises `ConfigError`."""
         router, bootstrap = free_ports(2)
         self.url = f"http://127.0.0.1:{router}"
         self.bootstrap_url = f"http://127.0.0.1:{bootstrap}"
         self.log_dir = log_dir
         self._topology = topology
         self._settings = (f"router.port={router}", f"bootstrap.port={bootstrap}", *settings)
+        resolved = load_topology(topology, self._settings)
+        self._workers = resolved.prefill.replicas + resolved.decode.replicas
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -74,12 +76,13 @@ class Cluster:
         self.stop()
 
     def start(self) -> None:
-        """Returns when the router is healthy. Raises `LaunchError`, with the launcher's last words, if it never is."""
+        """Returns when the router is healthy and all workers are there. Raises `LaunchError`, with the launcher's last
+        words, if that does not come to be."""
         self.log_dir.mkdir(parents=True, exist_ok=True)
         with self.output.open("wb") as output:
             self._process = subprocess.Popen([sys.executable, *self.command], stdout=output, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + READY_SECONDS
-        while not self._healthy():
+        while not self._complete():
             if self._process.poll() is not None:
                 raise LaunchError(f"`baton up` ended with {self._process.returncode}:\n{self.tail()}")
             if time.monotonic() > deadline:
@@ -133,17 +136,17 @@ class Cluster:
     def tail(self) -> str:
         """The last lines of all logs."""
         texts = []
-        for path in sorted(self.log_dir.iterdir()):
+        for path in sorted({self.output, *self.log_dir.glob("*.log")}):
             lines = path.read_text(errors="replace").splitlines()[-TAIL_LINES:]
             texts.append("\n".join([f"--- {path.name}", *lines]))
         return "\n".join(texts)
 
-    def _healthy(self) -> bool:
+    def _complete(self) -> bool:
         try:
             get(f"{self.url}/health")
+            return len(self.workers()) == self._workers
         except OSError:
             return False
-        return True
 
 
 def get(url: str) -> bytes:
