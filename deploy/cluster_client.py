@@ -99,7 +99,7 @@ class RouterClient:
                 if response.status != 200:
                     raise LaunchError(f"the router answered {response.status}: {(await response.text())[:500]}")
                 async for line in response.content:
-                    piece = _piece(line)
+                    piece = parse_event(line)
                     if piece is not None:
                         yield piece
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
@@ -125,8 +125,8 @@ async def observe(bootstrap: BootstrapClient, router: RouterClient) -> tuple[lis
     return await asyncio.gather(roster(), healthy())
 
 
-def _piece(line: bytes) -> Piece | None:
-    """What one line of the event stream adds to the answer, if anything."""
+def parse_event(line: bytes) -> Piece | None:
+    """What one line of the event stream adds to the answer, if anything. Raises `LaunchError` for an error in it."""
     kind, _, data = line.strip().partition(b": ")
     if kind != b"data" or data == b"[DONE]":
         return None
@@ -135,7 +135,7 @@ def _piece(line: bytes) -> Piece | None:
     except msgspec.DecodeError as error:
         raise LaunchError(f"the router's stream is not one of JSON chunks: {error}") from error
     if "error" in chunk:
-        raise LaunchError(f"the router ended the answer: {chunk['error']}")
+        raise LaunchError(f"the router ended the answer: {chunk['error'].get('message')}")
     text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
     return Piece(chunk["id"], text)
 

@@ -67,5 +67,8 @@ def milliseconds(seconds: float) -> str:
 
 
 def _rate(amount: float, seconds: float, unit: str) -> str:
-    """`, 12.3 unit` with three digits that count; nothing for no time at all."""
-    return f", {amount / seconds:.3g} {unit}" if seconds > 0 else ""
+    """`, 12.3 unit` with three digits or more; nothing for no time at all."""
+    if seconds <= 0:
+        return ""
+    rate = amount / seconds
+    return f", {rate:,.0f} {unit}" if rate >= 100 else f", {rate:.3g} {unit}"

@@ -1,0 +1,21 @@
+"""A topology says which processes there are, and how they end."""
+
+from cluster.config import Decode, Model, Prefill, Topology
+from deploy.plan import processes, stop_order
+
+
+def test_each_replica_is_a_process_that_knows_its_index():
+    specs = processes(Topology(model=Model(path="m"), prefill=Prefill(replicas=2), decode=Decode(replicas=1)), "t.yaml")
+    assert [(spec.name, spec.module, spec.arguments) for spec in specs] == [
+        ("bootstrap", "bootstrap", ("--topology", "t.yaml")),
+        ("prefill-0", "prefill_worker", ("--topology", "t.yaml", "--index", "0")),
+        ("prefill-1", "prefill_worker", ("--topology", "t.yaml", "--index", "1")),
+        ("decode-0", "decode_worker", ("--topology", "t.yaml", "--index", "0")),
+        ("router", "router", ("--topology", "t.yaml")),
+    ]
+    assert stop_order(specs) == [["router"], ["prefill-0", "prefill-1", "decode-0"], ["bootstrap"]]
+
+
+def test_a_unified_cluster_has_no_prefill_process():
+    specs = processes(Topology(model=Model(path="m"), prefill=Prefill(replicas=0)), "t.yaml")
+    assert [spec.name for spec in specs] == ["bootstrap", "decode-0", "router"]
