@@ -18,17 +18,20 @@ _PROBE_SECONDS = 2.0
 
 
 class Percentiles(msgspec.Struct, frozen=True):
-    p50: float
-    p99: float
+    """None where there was but one token."""
+
+    p50: float | None
+    p99: float | None
 
 
 class RequestRecord(msgspec.Struct, frozen=True):
-    """Where one request's time went: the router's `GET /v1/requests/{id}`. In seconds; None: there was no such leg."""
+    """Where one request's time went, by the router's `GET /v1/requests/{id}`, which has more fields. In seconds; None
+    where there was no such leg, or where its end is still on the way."""
 
     id: str
     prompt_tokens: int
     output_tokens: int
-    total_seconds: float
+    total_seconds: float | None = None
     queue_seconds: float | None = None
     prefill: PrefillTimings | None = None
     handoff: HandoffTimings | None = None
@@ -81,7 +84,7 @@ class RouterClient:
         await _get(self._http, f"{self._url}/health", "the router")
 
     async def record(self, request: str) -> RequestRecord:
-        """Where the time of a finished request went. Raises `LaunchError`."""
+        """Where the time of a request went, so far as the router knows. Raises `LaunchError`."""
         url = f"{self._url}/v1/requests/{request}"
         return _parse(await _get(self._http, url, "the router"), RequestRecord, url)
 

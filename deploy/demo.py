@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -12,6 +13,9 @@ from deploy.cluster_client import RequestRecord, RouterClient
 
 PROMPT = "Explain in simple words why the sky is blue."
 MAX_TOKENS = 160
+
+_RECORD_TRIES = 20
+_RECORD_INTERVAL = 0.1
 
 
 async def run_demo(router: RouterClient, model: str, console: Console) -> None:
@@ -25,7 +29,18 @@ async def run_demo(router: RouterClient, model: str, console: Console) -> None:
     console.print("\n")
     if not request:
         raise LaunchError("the router's answer was empty")
-    console.print(timings_table(await router.record(request)))
+    console.print(timings_table(await _final_record(router, request)))
+
+
+async def _final_record(router: RouterClient, request: str) -> RequestRecord:
+    """The record once it is whole: the last words of the workers may arrive after the client's last token."""
+    record = await router.record(request)
+    for _ in range(_RECORD_TRIES):
+        if record.total_seconds is not None:
+            break
+        await asyncio.sleep(_RECORD_INTERVAL)
+        record = await router.record(request)
+    return record
 
 
 def timings_table(record: RequestRecord) -> Table:
@@ -55,11 +70,12 @@ def _rows(record: RequestRecord) -> Iterator[tuple[str, str, str]]:
         yield "  exposed", milliseconds(handoff.exposed_seconds), "last chunk computed until acknowledged"
     if record.first_token_seconds is not None:
         yield "first token", milliseconds(record.first_token_seconds), "as the router sent it"
-    if record.inter_token_seconds is not None:
-        percentiles = record.inter_token_seconds
-        yield "inter-token", milliseconds(percentiles.p50), f"p50; p99 {milliseconds(percentiles.p99)}"
-    rate = _rate(record.output_tokens, record.total_seconds, "tok/s")
-    yield "total", milliseconds(record.total_seconds), f"{record.output_tokens} tokens{rate}"
+    gaps = record.inter_token_seconds
+    if gaps is not None and gaps.p50 is not None and gaps.p99 is not None:
+        yield "inter-token", milliseconds(gaps.p50), f"p50; p99 {milliseconds(gaps.p99)}"
+    if record.total_seconds is not None:
+        rate = _rate(record.output_tokens, record.total_seconds, "tok/s")
+        yield "total", milliseconds(record.total_seconds), f"{record.output_tokens} tokens{rate}"
 
 
 def milliseconds(seconds: float) -> str:
