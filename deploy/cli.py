@@ -131,3 +131,7 @@ def _console() -> Console:
 def _fail(error: BatonError, code: int) -> None:
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

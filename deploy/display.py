@@ -61,7 +61,7 @@ class LineDisplay:
         for each in progress:
             if self._shown.get(each.name) is not each.phase:
                 self._shown[each.name] = each.phase
-                self._console.print(f"{each.since:6.1f} s  {each.name:<12} {each.phase.value}", highlight=False)
+                self._console.print(f"{each.seconds:6.1f} s  {each.name:<12} {each.phase.value}", highlight=False)
 
     def close(self) -> None:
         pass
@@ -71,10 +71,10 @@ def _table(progress: Sequence[Progress]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("process")
     table.add_column("phase")
-    table.add_column("since", justify="right")
+    table.add_column("time", justify="right")
     table.add_column("last event")
     for each in progress:
         event = "" if each.phase is Phase.READY else each.event
         phase = Text(each.phase.value, _STYLES[each.phase])
-        table.add_row(each.name, phase, f"{each.since:.1f} s", Text(event, "dim", no_wrap=True, overflow="ellipsis"))
+        table.add_row(each.name, phase, f"{each.seconds:.1f} s", Text(event, "dim", no_wrap=True, overflow="ellipsis"))
     return table

@@ -31,12 +31,14 @@ class Observation(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """One process: since when it is in this phase, counted in seconds from the cluster's start."""
+    """How far one process is."""
 
     name: str
     phase: Phase
-    since: float
+    seconds: float
+    """From the cluster's start until it was ready; so far, if it is not."""
     event: str
+    """The last in its log."""
 
 
 class Startup:
@@ -67,8 +69,9 @@ class Startup:
             before = self._progress[spec.name]
             event = seen.last_events.get(spec.name, "")
             phase = _phase(spec, seen, bool(event))
-            since = before.since if phase is before.phase else now - self._began
-            after = self._progress[spec.name] = Progress(spec.name, phase, since, event)
+            still_ready = phase is before.phase is Phase.READY
+            seconds = before.seconds if still_ready else now - self._began
+            after = self._progress[spec.name] = Progress(spec.name, phase, seconds, event)
             if phase is not before.phase:
                 changed.append(after)
         return changed

@@ -29,7 +29,7 @@ def test_from_silence_to_ready():
 
     workers = [member_status("prefill-0"), member_status("decode-0", ready=False)]
     changed = startup.observe(Observation(workers, True, {}), 103.5)
-    assert [(progress.name, progress.phase, progress.since) for progress in changed] == [
+    assert [(progress.name, progress.phase, progress.seconds) for progress in changed] == [
         ("prefill-0", Phase.READY, 3.5),
         ("decode-0", Phase.REGISTERED, 3.5),
         ("router", Phase.READY, 3.5),
@@ -39,7 +39,7 @@ def test_from_silence_to_ready():
 
     startup.observe(Observation([member_status("prefill-0"), member_status("decode-0")], True, {}), 104.0)
     assert startup.ready
-    assert startup.progress[1].since == 3.5
+    assert startup.progress[1].seconds == 3.5
 
 
 def test_workers_of_another_cluster_on_the_same_bootstrap_do_not_count():
