@@ -18,6 +18,8 @@ class OwnerKind(str, Enum):
     """A sequence of this engine's scheduler, or one that has finished and not been released."""
     LEASE = "lease"
     """Granted to a remote writer that has not finished."""
+    RESERVED = "reserved"
+    """Kept for what a leased sequence will need once it decodes."""
     HANDOFF = "handoff"
     """Computed here, being read by the transfer to another worker."""
     QUARANTINE = "quarantine"

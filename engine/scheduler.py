@@ -38,8 +38,8 @@ class StepPlan(NamedTuple):
     """One step's work: decodes first, then prefills, each in order of admission."""
 
     chunks: list[Chunk]
-    started: list[Sequence]
-    """Those of which this is the first step."""
+    started: list[Hashable]
+    """Keys of those of which this is the first step."""
 
     @property
     def sampling(self) -> list[Sequence]:
@@ -103,14 +103,14 @@ class Scheduler:
                 prefills.append(Chunk(sequence, sequence.computed, sequence.computed + count))
                 budget -= count
         chunks = decodes + prefills
-        return StepPlan(chunks, [chunk.sequence for chunk in chunks if chunk.sequence.key in self._unstarted])
+        return StepPlan(chunks, [chunk.sequence.key for chunk in chunks if chunk.sequence.key in self._unstarted])
 
     def commit(self, plan: StepPlan, tokens: Iterable[int]) -> list[FinishReason | None]:
         """Takes the tokens of `plan.sampling`; says for each whether its sequence has finished, and so has left."""
         sampling = plan.sampling
         for chunk in plan.chunks:
             chunk.sequence.computed = chunk.stop
-        self._unstarted.difference_update(sequence.key for sequence in plan.started)
+        self._unstarted.difference_update(plan.started)
         return [self._append(sequence, token) for sequence, token in zip(sampling, tokens, strict=True)]
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 
 from cluster.messages import Sampling
 
@@ -20,12 +20,12 @@ class Sequence:
     __slots__ = ("computed", "key", "output", "pages", "prefill_end", "prompt", "sampling")
 
     def __init__(
-        self, key: Hashable, prompt: list[int], sampling: Sampling, *, output: Iterable[int] = (), computed: int = 0
+        self, key: Hashable, prompt: list[int], output: list[int], sampling: Sampling, computed: int = 0
     ) -> None:
         self.key = key
         self.prompt = prompt
         self.sampling = sampling
-        self.output = list(output)
+        self.output = output
         self.computed = computed
         self.pages: list[int] = []
         self.prefill_end = computed if computed and self.pending == 1 else self.length
