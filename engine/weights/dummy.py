@@ -1,0 +1,33 @@
+"""Random weights in the shape of a config: for load tests of models that nobody has to download."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.model_config import ModelConfig
+from engine.weights.base import Shape, identity_of, parameter_shapes
+
+SCALE = 0.02
+"""Standard deviation; that of transformers' initialisation."""
+
+
+class DummyWeights:
+    """Implements `Weights`. The same on every machine: each parameter's seed is a digest of its name."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._shapes = parameter_shapes(config)
+        self.identity = f"dummy-{identity_of(config)}"
+
+    def shapes(self) -> Mapping[str, Shape]:
+        return self._shapes
+
+    def read(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * SCALE

@@ -1,0 +1,79 @@
+"""Hugging Face model folders: config.json beside one or many .safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cluster.config import WeightsFrom
+from cluster.errors import ModelError
+from engine.model_config import ModelConfig, from_huggingface
+from engine.weights.base import ModelFiles, Shape, identity_of
+from engine.weights.dummy import DummyWeights
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def open_folder(folder: Path, weights: WeightsFrom) -> ModelFiles:
+    """The model in `folder`, which needs no weights if they are to be dummies. Raises `ModelError`."""
+    config = from_huggingface(_read_json(folder / "config.json"))
+    if weights is WeightsFrom.DUMMY:
+        return ModelFiles(config, DummyWeights(config))
+    return ModelFiles(config, SafetensorsWeights(config, folder))
+
+
+class SafetensorsWeights:
+    """Implements `Weights`. Files are mapped, so a parameter is read from disk when it is asked for."""
+
+    def __init__(self, config: ModelConfig, folder: Path) -> None:
+        files = _files(folder)
+        self._handles = {file: _open(file) for file in files}
+        self._file_of = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
+        self.identity = identity_of(config, files)
+
+    def shapes(self) -> Mapping[str, Shape]:
+        return {name: tuple(self._handles[file].get_slice(name).get_shape()) for name, file in self._file_of.items()}
+
+    def read(self, name: str) -> Tensor:
+        file = self._file_of[name]
+        try:
+            tensor: Tensor = self._handles[file].get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{file}: {name} can't be read: {error}") from error
+        return tensor
+
+
+def _files(folder: Path) -> list[Path]:
+    """In an order that does not depend on the machine."""
+    if (folder / INDEX).is_file():
+        names = _read_json(folder / INDEX).get("weight_map", {}).values()
+        files = sorted(folder / name for name in set(names))
+    else:
+        files = [folder / SINGLE]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise ModelError(f"{folder} lacks {', '.join(missing) or 'weights'}: only safetensors files are supported")
+    return files
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is damaged: {error}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} is not a JSON object")
+    return content
