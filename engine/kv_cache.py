@@ -1,0 +1,51 @@
+"""The KV pool: one contiguous allocation in the layout of `cluster.layout`, and views of it for attention.
+
+A page is one range of bytes, so that a transfer engine can write it in one piece; that is why a layer's keys are
+strided across the pool and not the other way round. Which page belongs to whom is `engine.pages`' business.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cluster.layout import KVLayout
+
+ALIGNMENT = 4096
+"""Bytes; what transfer engines like to register."""
+
+
+class KVCache:
+    """`pool` is [pages, layers, 2 (K then V), page_size, kv_heads, head_dim]; zeros at first. Owns its memory."""
+
+    def __init__(self, layout: KVLayout, pages: int, device: torch.device) -> None:
+        self.layout = layout
+        self.pages = pages
+        self.page_bytes = layout.page_bytes
+        dtype = getattr(torch, layout.dtype)
+        memory = torch.zeros(pages * layout.page_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
+        begin = -memory.data_ptr() % ALIGNMENT
+        shape = (pages, layout.layers, 2, layout.page_size, layout.kv_heads, layout.head_dim)
+        self.pool = memory[begin : begin + pages * layout.page_bytes].view(dtype).view(shape)
+
+    @property
+    def address(self) -> int:
+        """Of the pool's first byte, a multiple of `ALIGNMENT`."""
+        return self.pool.data_ptr()
+
+    @property
+    def nbytes(self) -> int:
+        return self.pages * self.page_bytes
+
+    def token_rows(self) -> Tensor:
+        """The pool as [rows, kv_heads, head_dim]: a row is one token's keys, or values, in one layer."""
+        return self.pool.view(-1, self.layout.kv_heads, self.layout.head_dim)
+
+    def head_major(self, layer: int) -> Tensor:
+        """One layer as [2, kv_heads, pages, page_size, head_dim], a strided view."""
+        return self.pool[:, layer].permute(1, 3, 0, 2, 4)
+
+    def clear(self, pages: list[int]) -> None:
+        """Zeroes these pages in all layers."""
+        if pages:
+            self.pool[torch.tensor(pages, device=self.pool.device)] = 0
