@@ -1,0 +1,43 @@
+"""What attention must do for the model, whatever the device.
+
+The engine calls `plan` once per step, with all sequences of the step; the model calls `attend` once per layer, in
+order. Both on the step loop's thread. The backend reads and writes the KV cache that it was made with and owns nothing
+but its work space; a plan is valid until the next one is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Span(NamedTuple):
+    """Positions [start, stop) of one sequence, computed in rows [row, row + stop - start) of the step.
+
+    `pages` are the sequence's, from position 0 on, at least up to `stop`. KV of positions below `start` is in them.
+    """
+
+    row: int
+    start: int
+    stop: int
+    pages: Sequence[int]
+
+
+class StepAttention(Protocol):
+    """Attention of one step."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Stores `key` and `value` in the layer's pages, then attends causally, each row within its own sequence.
+
+        query [rows, heads, head_dim]; key, value [rows, kv_heads, head_dim]; any strides. Returns
+        [rows, heads, head_dim], contiguous. Query head h reads key/value head h // (heads / kv_heads).
+        """
+
+
+class AttentionBackend(Protocol):
+    """Made over one `KVCache` by `engine.engine`."""
+
+    def plan(self, spans: Sequence[Span]) -> StepAttention:
+        """Prepares a step whose rows are exactly those of `spans`, in order."""
