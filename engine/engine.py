@@ -1,0 +1,255 @@
+"""One worker's engine: model, KV pool, attention, scheduler and sampler, driven step by step.
+
+Single-threaded: the step loop that made the engine is the only caller. It may see what the next step starts before it
+is computed: `plan`, then `execute`; `step` is both.
+
+    submit -> plan -> execute -> ... -> finished (it leaves the scheduler) -> release (its pages are free)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+
+from cluster.config import Dtype, Topology, WeightsFrom
+from cluster.errors import ConfigError, InvalidRequest, PromptTooLong
+from cluster.layout import KVLayout
+from cluster.messages import FinishReason, Logprobs, ModelCard, Sampling
+from cluster.model_files import resolve_model
+from engine.attention.base import Span
+from engine.attention.torch_paged import TorchPagedAttention
+from engine.kv_cache import KVCache
+from engine.model import Decoder
+from engine.pages import Owner, OwnerKind, PageLedger
+from engine.sampler import choose
+from engine.scheduler import Chunk, Scheduler, StepPlan
+from engine.sequence import Sequence
+from engine.weights import open_model
+
+__all__ = ["Engine", "EngineConfig", "Progress", "Sampled", "StepPlan", "StepResult"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All that an engine needs to know. `model_path` is a folder or a .gguf file that exists."""
+
+    model_path: Path
+    model_name: str
+    dtype: Dtype
+    weights: WeightsFrom = WeightsFrom.FILES
+    page_size: int
+    pool_pages: int
+    max_running: int
+    """Sequences in the step loop at a time."""
+    chunk_tokens: int
+    """Prompt tokens of one step, over all sequences."""
+    context_length: int | None = None
+    """Shortens the model's own."""
+    threads: int = 1
+    """Of torch's operators, on CPU."""
+    device: str = "cpu"
+
+    @classmethod
+    def from_topology(cls, topology: Topology, max_running: int, chunk_tokens: int, *, threads: int) -> EngineConfig:
+        """A worker's, of this cluster. Raises `ModelError` if the model is not there."""
+        return cls(
+            model_path=resolve_model(topology.model.path),
+            model_name=topology.served_model,
+            dtype=topology.model.dtype,
+            weights=topology.model.weights,
+            page_size=topology.kv.page_size,
+            pool_pages=topology.pool_pages,
+            max_running=max_running,
+            chunk_tokens=chunk_tokens,
+            context_length=topology.model.context_length,
+            threads=threads,
+        )
+
+
+class Progress(NamedTuple):
+    """A sequence that prefilled: KV of its first `computed` of `total` tokens is in its pages."""
+
+    key: Hashable
+    computed: int
+    total: int
+
+
+class Sampled(NamedTuple):
+    """Token number `offset` of a sequence's output. A stop token is given like any other."""
+
+    key: Hashable
+    offset: int
+    token: int
+    logprobs: Logprobs | None
+    finished: FinishReason | None
+
+
+class StepResult(NamedTuple):
+    started: list[Hashable]
+    """Sequences of which it was the first step."""
+    progress: list[Progress]
+    sampled: list[Sampled]
+    batch_size: int
+    """Sequences in the step."""
+    prefill_tokens: int
+
+
+class Engine:
+    """See the module's docstring. Raises `ModelError` or `ConfigError` when it can't be made."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        torch.set_num_threads(config.threads)
+        files = open_model(config.model_path, config.weights)
+        architecture = files.config
+        device = torch.device(config.device)
+        self.model = ModelCard(
+            config.model_name, _context_length(config, architecture.context_length), architecture.vocab_size
+        )
+        self.layout = KVLayout(
+            model=files.weights.identity,
+            dtype=config.dtype.value,
+            page_size=config.page_size,
+            layers=architecture.layers,
+            kv_heads=architecture.kv_heads,
+            head_dim=architecture.head_dim,
+        )
+        self.ledger = PageLedger(config.pool_pages)
+        self.steps = 0
+        """Steps since the start: grows while the engine makes progress."""
+        self._config = config
+        self._device = device
+        self._cache = KVCache(self.layout, config.pool_pages, device)
+        self._attention = TorchPagedAttention(self._cache, architecture.heads, architecture.windows)
+        self._decoder = Decoder(architecture, files.weights, getattr(torch, config.dtype.value), device)
+        self._scheduler = Scheduler(self.ledger, config.page_size, config.max_running, config.chunk_tokens)
+
+    @property
+    def pool_address(self) -> int:
+        """Of the KV pool's first byte."""
+        return self._cache.address
+
+    @property
+    def pool_bytes(self) -> int:
+        return self._cache.nbytes
+
+    @property
+    def page_bytes(self) -> int:
+        return self._cache.page_bytes
+
+    @property
+    def queued(self) -> int:
+        """Sequences that wait for their first step."""
+        return self._scheduler.queued
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that are still to be computed."""
+        return self._scheduler.queued_tokens
+
+    @property
+    def running(self) -> int:
+        """Sequences in the step loop."""
+        return self._scheduler.running
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queues it, see `Scheduler.submit`. Raises `PromptTooLong` or `InvalidRequest` for what can't be computed."""
+        tokens = sequence.tokens(0, sequence.length)
+        if not tokens:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if not 0 <= min(tokens) <= max(tokens) < self.model.vocab_size:
+            raise InvalidRequest(f"token ids must be in [0, {self.model.vocab_size})", param="prompt")
+        pool_tokens = self.ledger.total * self.layout.page_size
+        limit = min(self.model.context_length, pool_tokens)
+        if sequence.capacity > limit:
+            raise PromptTooLong(
+                f"{len(sequence.prompt)} prompt tokens and up to {sequence.sampling.max_tokens} new ones don't fit: "
+                f"the context is {self.model.context_length} tokens, the KV pool {pool_tokens}",
+                param="prompt",
+            )
+        self._scheduler.submit(sequence)
+
+    def cancel(self, key: Hashable) -> bool:
+        """Takes the sequence out of the step loop at once; its pages stay its own until `release`."""
+        return self._scheduler.cancel(key)
+
+    def release(self, key: Hashable) -> None:
+        """Gives back the pages of a sequence that has finished or was cancelled."""
+        self.ledger.release(Owner(OwnerKind.SEQUENCE, key))
+
+    def step(self) -> StepResult | None:
+        """One step; None if there is nothing to do."""
+        plan = self.plan()
+        return None if plan is None else self.execute(plan)
+
+    def plan(self) -> StepPlan | None:
+        """What the next step computes; None if there is nothing to do. Admitted sequences have their pages now.
+
+        Between this and `execute` nothing may be submitted, cancelled or released.
+        """
+        return self._scheduler.plan()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Computes the step, and samples."""
+        sequences = plan.sampling
+        with torch.inference_mode():
+            choices = choose(self._logits(plan.chunks), sequences)
+        prefills = [chunk for chunk in plan.chunks if chunk.prefills]
+        offsets = [len(sequence.output) for sequence in sequences]
+        finished = self._scheduler.commit(plan, [choice.token for choice in choices])
+        self.steps += 1
+        return StepResult(
+            started=plan.started,
+            progress=[Progress(chunk.sequence.key, chunk.stop, chunk.sequence.prefill_end) for chunk in prefills],
+            sampled=[
+                Sampled(sequence.key, offset, choice.token, choice.logprobs, reason)
+                for sequence, offset, choice, reason in zip(sequences, offsets, choices, finished, strict=True)
+            ],
+            batch_size=len(plan.chunks),
+            prefill_tokens=sum(chunk.stop - chunk.start for chunk in prefills),
+        )
+
+    def warm_up(self) -> None:
+        """Computes steps of several sizes, so that the first request finds kernels, memory and threads ready."""
+        owner = Owner(OwnerKind.WARMUP, "warm-up")
+        tokens = min(self._config.chunk_tokens, self.model.context_length, self.ledger.total * self.layout.page_size)
+        pages = self.ledger.allocate(owner, self.layout.pages_for(tokens))
+        sampling = Sampling(max_tokens=1, seed=0, top_p=0.9)
+        with torch.inference_mode():
+            for length in dict.fromkeys((tokens, max(1, tokens // 2), 1)):
+                prompt = Sequence("warm-up", [0] * length, [], sampling)
+                prompt.pages = pages
+                choose(self._logits([Chunk(prompt, 0, length)]), [prompt])
+            batch = 1
+            while batch <= min(self._config.max_running, len(pages)):
+                singles = [Sequence("warm-up", [0], [], sampling) for _ in range(batch)]
+                for single, page in zip(singles, pages, strict=False):
+                    single.pages = [page]
+                choose(self._logits([Chunk(single, 0, 1) for single in singles]), singles)
+                batch *= 2
+        self.ledger.release(owner)
+
+    def _logits(self, chunks: list[Chunk]) -> torch.Tensor:
+        """Computes the chunks' KV; the logits of the sequences that sample, [sequences, vocabulary]."""
+        counts = np.array([chunk.stop - chunk.start for chunk in chunks])
+        ends = np.cumsum(counts)
+        tokens = np.concatenate([np.array(chunk.sequence.tokens(chunk.start, chunk.stop)) for chunk in chunks])
+        positions = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+        spans = [
+            Span(row, chunk.start, chunk.stop, chunk.sequence.pages)
+            for row, chunk in zip((ends - counts).tolist(), chunks, strict=True)
+        ]
+        rows = ends[[chunk.samples for chunk in chunks]] - 1
+        tensors = (torch.from_numpy(array).to(self._device) for array in (tokens, positions, rows))
+        token_ids, position_ids, sampled_rows = tensors
+        return self._decoder.forward(token_ids, position_ids, self._attention.plan(spans), sampled_rows)
+
+
+def _context_length(config: EngineConfig, models_own: int) -> int:
+    wanted = config.context_length
+    if wanted is not None and wanted > models_own:
+        raise ConfigError(f"model.context_length: {wanted} is more than the model's {models_own}")
+    return wanted or models_own
