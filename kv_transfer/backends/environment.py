@@ -56,7 +56,7 @@ def apply_defaults(name: TransferName) -> None:
 
 
 def library_path() -> Path | None:
-    """A folder for LD_LIBRARY_PATH with the libibverbs.so.1 that Mooncake needs, from the copy that NIXL's wheel bundles.
+    """A folder for LD_LIBRARY_PATH with the libibverbs.so.1 that Mooncake needs: the copy that NIXL's wheel bundles.
     None if the system has one, or if nobody has.
 
     The folder holds links and is made once, in the environment's lib/baton or else in a folder of the user's own.
