@@ -1,0 +1,127 @@
+"""The OpenAPI 3.1 document: schemas from the types of requests and responses, limits from the live workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from router.api.identity import HEADER
+from router.api.requests import ChatCompletionRequest, CompletionRequest
+from router.api.responses import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    ErrorBody,
+    FleetStatus,
+    Health,
+    ModelList,
+    ModelObject,
+)
+from router.fleet_view import FleetLimits
+from router.records import RequestRecord
+
+_TYPES = (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ChatCompletion,
+    ChatChunk,
+    Completion,
+    ErrorBody,
+    FleetStatus,
+    Health,
+    ModelList,
+    ModelObject,
+    RequestRecord,
+)
+_ERRORS = {
+    400: "The request is malformed, out of range, or does not fit the context or the KV pool",
+    404: "There is no such model, request or URL",
+    413: "The body is too large",
+    415: "The body is not application/json",
+    429: "A bounded queue is full",
+    500: "A defect",
+    503: "No worker can serve the request now",
+}
+_RETRYABLE = (429, 503)
+
+Schema = dict[str, Any]
+
+
+def document(served_model: str, limits: FleetLimits) -> Schema:
+    """The description of this API as it is served now."""
+    _, components = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
+    components["TokenId"] = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
+    for name in (ChatCompletionRequest.__name__, CompletionRequest.__name__):
+        components[name]["properties"]["model"] = {"type": "string", "enum": [served_model]}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Baton", "version": "1", "description": "OpenAI-compatible LLM serving, disaggregated."},
+        "paths": {
+            "/v1/chat/completions": {"post": _generating("chat", ChatCompletionRequest, ChatCompletion)},
+            "/v1/completions": {"post": _generating("completion", CompletionRequest, Completion)},
+            "/v1/models": {"get": _reading("models", ModelList)},
+            "/v1/models/{model}": {"get": _reading("model", ModelObject, "model")},
+            "/v1/requests/{id}": {"get": _reading("record", RequestRecord, "id")},
+            "/health": {"get": _reading("health", Health, errors=(503,))},
+            "/status": {"get": _reading("status", FleetStatus)},
+            "/metrics": {"get": _metrics()},
+            "/openapi.json": {"get": _operation("openapi", {"200": _response("This document", {"type": "object"})})},
+        },
+        "components": {"schemas": components},
+    }
+
+
+def _generating(name: str, body: type, answer: type) -> Schema:
+    """An endpoint that answers as a whole or as a stream of events, each `data:` a JSON object, the last [DONE]."""
+    answers = _response("The answer; with `stream` true, a stream of server-sent events", _ref(answer))
+    answers["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    operation = _operation(name, {"200": answers, **_errors(400, 404, 413, 415, 429, 500, 503)})
+    operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
+    operation["parameters"] = [
+        {
+            "name": HEADER,
+            "in": "header",
+            "required": False,
+            "description": "The client's own id for the request: it is in the logs of all processes",
+            "schema": {"type": "string"},
+        }
+    ]
+    return operation
+
+
+def _reading(name: str, answer: type, parameter: str | None = None, errors: tuple[int, ...] = ()) -> Schema:
+    wanted = (*errors, 404) if parameter else errors
+    operation = _operation(name, {"200": _response("The answer", _ref(answer)), **_errors(*wanted)})
+    if parameter:
+        operation["parameters"] = [
+            {"name": parameter, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+        ]
+    return operation
+
+
+def _metrics() -> Schema:
+    text = {"description": "Prometheus text", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    return _operation("metrics", {"200": text})
+
+
+def _operation(name: str, responses: Schema) -> Schema:
+    return {"operationId": name, "responses": responses}
+
+
+def _response(description: str, schema: Schema) -> Schema:
+    headers = {HEADER: {"description": "The request's id", "schema": {"type": "string"}}}
+    return {"description": description, "headers": headers, "content": {"application/json": {"schema": schema}}}
+
+
+def _errors(*statuses: int) -> Schema:
+    errors = {str(status): _response(_ERRORS[status], _ref(ErrorBody)) for status in statuses}
+    for status in _RETRYABLE:
+        if str(status) in errors:
+            retry = {"description": "Seconds to wait", "required": True, "schema": {"type": "integer"}}
+            errors[str(status)]["headers"]["Retry-After"] = retry
+    return errors
+
+
+def _ref(kind: type) -> Schema:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}

@@ -1,0 +1,112 @@
+"""The router process: makes its parts, serves until told to stop, and lets requests under way finish first."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+
+import aiohttp
+from aiohttp import web
+
+from cluster.clock import Clock, MonotonicClock
+from cluster.config import Topology
+from cluster.errors import ConfigError
+from cluster.logging import get_logger
+from cluster.metrics import RouterMetrics
+from cluster.model_files import resolve_model
+from cluster.server_process import run_until_stopped
+from router.api.app import build_app
+from router.api.generation import GenerationApi
+from router.api.operations import OperationsApi
+from router.api.plan import Planner
+from router.dispatch import Dispatcher
+from router.fleet import Fleet
+from router.fleet_view import FleetView
+from router.policies import POLICIES
+from router.records import RecordStore
+from router.text.model_text import ModelText, load_model_text
+
+log = get_logger(__name__)
+
+GRACE_SECONDS = 5.0
+"""How long requests under way may go on after SIGTERM."""
+
+
+class RouterServer:
+    """All parts of one router, wired. `start`, then `run`; `stop` in any case."""
+
+    def __init__(
+        self, topology: Topology, text: ModelText, session: aiohttp.ClientSession, clock: Clock | None = None
+    ) -> None:
+        self._topology = topology
+        config, unified = topology.router, topology.unified
+        clock = clock or MonotonicClock()
+        self.router_id = f"router-{secrets.token_hex(4)}"
+        self.metrics = RouterMetrics()
+        self.fleet = Fleet(
+            session,
+            topology.bootstrap_url,
+            self.router_id,
+            FleetView(topology.bootstrap.lease_seconds, unified=unified),
+            POLICIES[config.policy],
+            clock,
+            self.metrics,
+        )
+        records = RecordStore()
+        self.dispatcher = Dispatcher(self.fleet, records, self.metrics, clock, config.request_timeout_seconds)
+        self.fleet.listen(self.dispatcher)
+        planner = Planner(topology.served_model, text, config, self.fleet.limits, clock, self.metrics)
+        self._generation = GenerationApi(
+            planner, self.dispatcher, text.table, self.metrics, clock, config.request_timeout_seconds
+        )
+        operations = OperationsApi(
+            self.router_id,
+            int(time.time()),
+            unified,
+            planner,
+            self._generation,
+            self.dispatcher,
+            self.fleet,
+            records,
+            self.metrics,
+        )
+        app = build_app(self._generation, operations, self.metrics, config.max_body_bytes)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=GRACE_SECONDS)
+
+    async def start(self) -> str:
+        """Listens; returns the URL. Raises `ConfigError` if the port is taken."""
+        host, port = self._topology.router.host, self._topology.router.port
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host, port, backlog=1024).start()
+        except OSError as error:
+            raise ConfigError(
+                f"can't listen on {host}:{port}: {error.strerror or error}; set router.port to a free one"
+            ) from error
+        url = f"http://{host}:{self._runner.addresses[0][1]}"
+        log.info("listening", url=url, model=self._topology.served_model, router=self.router_id)
+        return url
+
+    async def run(self) -> None:
+        """Follows the fleet until cancelled."""
+        await self.fleet.run()
+
+    async def stop(self) -> None:
+        """No new requests; those under way get `GRACE_SECONDS`, then they are cancelled."""
+        self._generation.draining = True
+        log.info("stopping", in_flight=self.dispatcher.in_flight)
+        await self._runner.cleanup()
+        await self.fleet.close()
+
+
+async def serve(topology: Topology) -> None:
+    """Serves until SIGTERM or SIGINT. Raises `ConfigError` if the router can't start."""
+    text = await asyncio.to_thread(load_model_text, resolve_model(topology.model.path))
+    async with aiohttp.ClientSession() as session:
+        server = RouterServer(topology, text, session)
+        try:
+            await server.start()
+            await run_until_stopped(asyncio.create_task(server.run()))
+        finally:
+            await server.stop()
