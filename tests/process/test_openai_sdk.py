@@ -66,11 +66,11 @@ async def test_a_stop_string_is_cut_exactly(client):
 async def test_penalties_change_what_is_repeated(client):
     async def ask(**penalties):
         answer = await client.completions.create(
-            model=MODEL, prompt="no no no no no no", max_tokens=24, temperature=0, **penalties
+            model=MODEL, prompt="1, 2, 3, 4,", max_tokens=24, temperature=0, **penalties
         )
-        return answer.choices[0].text
+        return answer.choices[0].text.count(",")
 
-    assert len(set((await ask(frequency_penalty=2, presence_penalty=2)).split())) > len(set((await ask()).split()))
+    assert await ask(frequency_penalty=2, presence_penalty=2) < await ask()
 
 
 async def test_logprobs_name_their_tokens(client):
