@@ -14,7 +14,7 @@ from cluster.errors import ConfigError
 from cluster.logging import get_logger
 from cluster.server_process import run, run_until_stopped, topology_parser
 
-log = get_logger(__name__)
+log = get_logger("bootstrap")
 
 
 async def serve(topology: Topology) -> None:

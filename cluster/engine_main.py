@@ -33,7 +33,7 @@ class EngineContext:
     epoch: int
     """Nanoseconds since 1970 at this process's start: of two lives of one worker, the later has the higher one."""
     cores: list[int]
-    """What this process is pinned to; empty: nothing."""
+    """What this process may run on, one compute thread each."""
     channel: EngineChannel
     clock: MonotonicClock
 
@@ -59,7 +59,7 @@ def main(program: str, cores_of: Callable[[Topology], Cores], build: Build) -> i
         topology = load_topology(arguments.topology, arguments.set)
         configure(arguments.name, topology.logging)
         cpus = cores_of(topology)
-        cores = pin(cpus[arguments.index]) if arguments.index < len(cpus) else []
+        cores = pin(cpus[arguments.index] if arguments.index < len(cpus) else [])
         context = EngineContext(topology, arguments.name, arguments.host, epoch, cores, channel, MonotonicClock())
         handler, ready = build(context)
         channel.send(ready)

@@ -20,9 +20,9 @@ def die_with_parent() -> None:
 
 
 def pin(cores: Sequence[int]) -> list[int]:
-    """Pins this process to those of `cores` that exist here (none do, or none given: it stays free). Returns them."""
+    """Pins this process to those of `cores` that exist here; if none do, it stays free. Returns what it may run on."""
     available = os.sched_getaffinity(0)
-    wanted = sorted(available & set(cores))
+    wanted = available & set(cores)
     if wanted:
         os.sched_setaffinity(0, wanted)
-    return wanted
+    return sorted(wanted or available)

@@ -56,8 +56,10 @@ class KVArrived(msgspec.Struct, frozen=True):
 
 
 class HandoffFailed(msgspec.Struct, frozen=True):
+    """No KV will come. `blame` None: the prefill leg was cancelled, or ended the request with its first token."""
+
     error: ErrorInfo
-    blame: Role
+    blame: Role | None
 
 
 class PrefillStarted(msgspec.Struct, frozen=True):
@@ -188,11 +190,11 @@ class DecodeMachine(StateMachine[Action]):
 
     def _fail_without_pages(self, event: HandoffFailed, now: float) -> list[Action]:
         self.to(DecodeState.FINISHED)
-        return [self._failed(event)]
+        return [self._handoff_failed(event, now)]
 
     def _fail_leased(self, event: HandoffFailed, now: float) -> list[Action]:
         self.to(DecodeState.FINISHED)
-        return [QuarantinePages(), self._failed(event)]
+        return [QuarantinePages(), self._handoff_failed(event, now)]
 
     def _cancel_reserving(self, event: Cancelled, now: float) -> list[Action]:
         self.to(DecodeState.FINISHED)
@@ -230,5 +232,7 @@ class DecodeMachine(StateMachine[Action]):
         )
         return Report(AttemptFinished(self.attempt.fence, Role.DECODE, reason, decode=timings))
 
-    def _failed(self, event: HandoffFailed) -> Report:
+    def _handoff_failed(self, event: HandoffFailed, now: float) -> Report:
+        if event.blame is None:
+            return self._finished(FinishReason.CANCELLED, now)
         return Report(AttemptFailed(self.attempt.fence, Role.DECODE, event.blame, event.error))

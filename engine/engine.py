@@ -8,7 +8,6 @@ is computed: `plan`, then `execute`; `step` is both.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ import torch
 from cluster.config import Dtype, Topology, WeightsFrom
 from cluster.errors import ConfigError, InvalidRequest, PromptTooLong
 from cluster.layout import KVLayout
-from cluster.messages import FinishReason, Logprobs, ModelCard, Sampling
+from cluster.messages import Fence, FinishReason, Logprobs, ModelCard, Sampling
 from cluster.model_files import resolve_model
 from engine.attention.base import Span
 from engine.attention.torch_paged import TorchPagedAttention
@@ -32,6 +31,9 @@ from engine.sequence import Sequence
 from engine.weights import open_model
 
 __all__ = ["Engine", "EngineConfig", "Progress", "Sampled", "StepPlan", "StepResult"]
+
+WARM_UP = Fence("warm-up", 0, 0, 0)
+"""Key of the sequences that no request asked for."""
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +75,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 class Progress(NamedTuple):
     """A sequence that prefilled: KV of its first `computed` of `total` tokens is in its pages."""
 
-    key: Hashable
+    key: Fence
     computed: int
     total: int
 
@@ -81,7 +83,7 @@ class Progress(NamedTuple):
 class Sampled(NamedTuple):
     """Token number `offset` of a sequence's output. A stop token is given like any other."""
 
-    key: Hashable
+    key: Fence
     offset: int
     token: int
     logprobs: Logprobs | None
@@ -89,7 +91,7 @@ class Sampled(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    started: list[Hashable]
+    started: list[Fence]
     """Sequences of which it was the first step."""
     progress: list[Progress]
     sampled: list[Sampled]
@@ -156,7 +158,12 @@ class Engine:
         return self._scheduler.running
 
     def submit(self, sequence: Sequence) -> None:
-        """Queues it, see `Scheduler.submit`. Raises `PromptTooLong` or `InvalidRequest` for what can't be computed."""
+        """Queues it, see `Scheduler.submit`. Raises what `require_computable` raises."""
+        self.require_computable(sequence)
+        self._scheduler.submit(sequence)
+
+    def require_computable(self, sequence: Sequence) -> None:
+        """Raises `PromptTooLong` or `InvalidRequest` for what this model and pool can't compute."""
         tokens = sequence.tokens(0, sequence.length)
         if not tokens:
             raise InvalidRequest("the prompt is empty", param="prompt")
@@ -170,13 +177,12 @@ class Engine:
                 f"the context is {self.model.context_length} tokens, the KV pool {pool_tokens}",
                 param="prompt",
             )
-        self._scheduler.submit(sequence)
 
-    def cancel(self, key: Hashable) -> bool:
+    def cancel(self, key: Fence) -> bool:
         """Takes the sequence out of the step loop at once; its pages stay its own until `release`."""
         return self._scheduler.cancel(key)
 
-    def release(self, key: Hashable) -> None:
+    def release(self, key: Fence) -> None:
         """Gives back the pages of a sequence that has finished or was cancelled."""
         self.ledger.release(Owner(OwnerKind.SEQUENCE, key))
 
@@ -214,18 +220,18 @@ class Engine:
 
     def warm_up(self) -> None:
         """Computes steps of several sizes, so that the first request finds kernels, memory and threads ready."""
-        owner = Owner(OwnerKind.WARMUP, "warm-up")
+        owner = Owner(OwnerKind.WARMUP, WARM_UP)
         tokens = min(self._config.chunk_tokens, self.model.context_length, self.ledger.total * self.layout.page_size)
         pages = self.ledger.allocate(owner, self.layout.pages_for(tokens))
         sampling = Sampling(max_tokens=1, seed=0, top_p=0.9)
         with torch.inference_mode():
             for length in dict.fromkeys((tokens, max(1, tokens // 2), 1)):
-                prompt = Sequence("warm-up", [0] * length, [], sampling)
+                prompt = Sequence(WARM_UP, [0] * length, [], sampling)
                 prompt.pages = pages
                 choose(self._logits([Chunk(prompt, 0, length)]), [prompt])
             batch = 1
             while batch <= min(self._config.max_running, len(pages)):
-                singles = [Sequence("warm-up", [0], [], sampling) for _ in range(batch)]
+                singles = [Sequence(WARM_UP, [0], [], sampling) for _ in range(batch)]
                 for single, page in zip(singles, pages, strict=False):
                     single.pages = [page]
                 choose(self._logits([Chunk(single, 0, 1) for single in singles]), singles)

@@ -20,8 +20,6 @@ class OwnerKind(str, Enum):
     """Granted to a remote writer that has not finished."""
     RESERVED = "reserved"
     """Kept for what a leased sequence will need once it decodes."""
-    HANDOFF = "handoff"
-    """Computed here, being read by the transfer to another worker."""
     QUARANTINE = "quarantine"
     """Given up, but a remote write may still land."""
     WARMUP = "warmup"

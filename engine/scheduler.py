@@ -9,10 +9,10 @@ steps, short prompts share one, and decoding never waits for more than a chunk.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from cluster.messages import FinishReason
+from cluster.messages import Fence, FinishReason
 from engine.pages import Owner, OwnerKind, PageLedger
 from engine.sequence import Sequence
 
@@ -38,7 +38,7 @@ class StepPlan(NamedTuple):
     """One step's work: decodes first, then prefills, each in order of admission."""
 
     chunks: list[Chunk]
-    started: list[Hashable]
+    started: list[Fence]
     """Keys of those of which this is the first step."""
 
     @property
@@ -55,10 +55,10 @@ class Scheduler:
         self._page_size = page_size
         self._max_running = max_running
         self._chunk_tokens = chunk_tokens
-        self._paged: OrderedDict[Hashable, Sequence] = OrderedDict()
-        self._waiting: OrderedDict[Hashable, Sequence] = OrderedDict()
-        self._running: dict[Hashable, Sequence] = {}
-        self._unstarted: set[Hashable] = set()
+        self._paged: OrderedDict[Fence, Sequence] = OrderedDict()
+        self._waiting: OrderedDict[Fence, Sequence] = OrderedDict()
+        self._running: dict[Fence, Sequence] = {}
+        self._unstarted: set[Fence] = set()
 
     def submit(self, sequence: Sequence) -> None:
         """Queues it. Pages that Owner(SEQUENCE, key) holds already are its first ones; `computed` tokens are there.
@@ -81,7 +81,7 @@ class Scheduler:
         queue[sequence.key] = sequence
         self._unstarted.add(sequence.key)
 
-    def cancel(self, key: Hashable) -> bool:
+    def cancel(self, key: Fence) -> bool:
         """Drops the sequence wherever it is; its pages stay its own. False if there is none."""
         self._unstarted.discard(key)
         return any(queue.pop(key, None) is not None for queue in (self._running, self._waiting, self._paged))
@@ -129,7 +129,7 @@ class Scheduler:
         everyone = (*self._running.values(), *self._waiting.values(), *self._paged.values())
         return sum(max(0, sequence.prefill_end - sequence.computed) for sequence in everyone)
 
-    def _admit(self, queue: OrderedDict[Hashable, Sequence]) -> None:
+    def _admit(self, queue: OrderedDict[Fence, Sequence]) -> None:
         while queue and len(self._running) < self._max_running:
             sequence = next(iter(queue.values()))
             missing = self._missing(sequence)

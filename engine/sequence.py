@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
-from cluster.messages import Sampling
+from cluster.messages import Fence, Sampling
 
 
 class Sequence:
@@ -19,9 +17,7 @@ class Sequence:
 
     __slots__ = ("computed", "key", "output", "pages", "prefill_end", "prompt", "sampling")
 
-    def __init__(
-        self, key: Hashable, prompt: list[int], output: list[int], sampling: Sampling, computed: int = 0
-    ) -> None:
+    def __init__(self, key: Fence, prompt: list[int], output: list[int], sampling: Sampling, computed: int = 0) -> None:
         self.key = key
         self.prompt = prompt
         self.sampling = sampling

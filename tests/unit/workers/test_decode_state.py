@@ -132,6 +132,13 @@ def test_unified_begins_with_its_own_prefill_and_reports_it():
     assert report.message.decode.steps == 1, "the first token came from prefill"
 
 
+@pytest.mark.parametrize("before", [RESERVING, OFFERED, AWAITING_KV])
+def test_a_prefill_leg_that_needs_no_decode_is_no_failure(before):
+    ended = state.HandoffFailed(ErrorInfo("FinishedEarly", "one token was enough"), None)
+    *_, report = machine(way=WAY_TO[before]).handle(ended, 3.0)
+    assert report.message.reason is FinishReason.CANCELLED
+
+
 def test_a_failure_carries_its_error_and_the_leg_to_blame():
     *_, report = machine(way=WAY_TO[AWAITING_KV]).handle(FAILED, 3.0)
     assert report.message == AttemptFailed(FENCE, Role.DECODE, Role.PREFILL, FAILED.error)

@@ -1,0 +1,279 @@
+"""The step loop's work on a decode worker: feeds one `DecodeMachine` per attempt and carries out what they ask for.
+
+Owns the attempts and their queue for pages. The pages belong to the engine's ledger, the leases to `HandoffReceiver`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.clock import Clock
+from cluster.errors import ErrorInfo, RequestError, StaleFence, WorkerLost
+from cluster.logging import get_logger
+from cluster.messages import (
+    Aborted,
+    AnyMessage,
+    AttemptFailed,
+    CancelAttempt,
+    DecodeAttempt,
+    Done,
+    Emitted,
+    Fence,
+    FromPeer,
+    FromRouter,
+    Load,
+    Message,
+    Offer,
+    PeerDown,
+    PeerUp,
+    Role,
+    RouterGone,
+    Tokens,
+    ToRouter,
+)
+from decode_worker import decode_state as state
+from decode_worker.decode_state import DecodeMachine, DecodeState
+from engine.engine import Engine, StepPlan, StepResult
+from engine.pages import Owner, OwnerKind
+from engine.sequence import Sequence
+from kv_transfer import receiver as transfer
+from kv_transfer.receiver import HandoffReceiver
+
+log = get_logger(__name__)
+
+EARLY_OFFER_SECONDS = 10.0
+"""An offer whose attempt has not come from the router by then is refused: the router is gone."""
+ENDED_MEMORY = 4096
+"""Fences of ended attempts that are remembered, so that a late offer for one is refused at once."""
+WAITING_STATES = (DecodeState.RESERVING, DecodeState.OFFERED, DecodeState.AWAITING_KV)
+
+
+@dataclass(slots=True)
+class _Attempt:
+    router: str
+    machine: DecodeMachine
+
+
+class DecodeLoop:
+    """A `cluster.step_loop.StepHandler`. `send` puts a message into the channel to the control process, at once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        receiver: HandoffReceiver,
+        send: Callable[[Message], None],
+        clock: Clock,
+        epoch: int,
+        on_close: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._receiver = receiver
+        self._send = send
+        self._clock = clock
+        self._epoch = epoch
+        self._on_close = on_close
+        self._attempts: dict[Fence, _Attempt] = {}
+        self._wanting: deque[Fence] = deque()
+        """Offered attempts that wait for pages, first come first served."""
+        self._early: dict[Fence, float] = {}
+        """Offers that came before their attempt, and when."""
+        self._ended: OrderedDict[Fence, None] = OrderedDict()
+        self._stale = 0
+
+    # --- messages ----------------------------------------------------------------------------------------------------
+
+    def handle(self, message: AnyMessage, now: float) -> None:
+        if isinstance(message, FromRouter):
+            self._from_router(message, now)
+        elif isinstance(message, FromPeer):
+            if isinstance(message.message, Offer | Done | Aborted):
+                self._receiver.receive(message.worker, message.epoch, message.message)
+            else:
+                self._stale += 1
+        elif isinstance(message, PeerUp):
+            self._receiver.peer_up(message.hello)
+        elif isinstance(message, PeerDown):
+            self._receiver.peer_down(message.worker, message.epoch)
+        elif isinstance(message, RouterGone):
+            for fence in [fence for fence, attempt in self._attempts.items() if attempt.router == message.router]:
+                self._feed(fence, state.Cancelled("the router's connection broke"), now)
+
+    def _from_router(self, envelope: FromRouter, now: float) -> None:
+        message = envelope.message
+        if isinstance(message, CancelAttempt):
+            if message.fence in self._attempts:
+                self._feed(message.fence, state.Cancelled(message.reason), now)
+        elif isinstance(message, DecodeAttempt):
+            self._begin(envelope.router, message, now)
+
+    def _begin(self, router: str, message: DecodeAttempt, now: float) -> None:
+        fence = message.fence
+        if fence in self._attempts:
+            self._stale += 1
+            return
+        try:
+            self._require_our_life(fence)
+            self._engine.require_computable(Sequence(fence, message.prompt, list(message.output), message.sampling))
+        except (RequestError, StaleFence) as error:
+            self._send(ToRouter(router, AttemptFailed(fence, Role.DECODE, Role.DECODE, error.to_info())))
+            return
+        attempt = self._attempts[fence] = _Attempt(router, DecodeMachine(message, now))
+        log.debug("reserving", request=fence.request, tokens=len(message.prompt), prefill=message.prefill)
+        for action in attempt.machine.begin():
+            self._carry_out(fence, attempt, action)
+        if self._early.pop(fence, None) is not None:
+            self._feed(fence, state.OfferArrived(), now)
+
+    def _require_our_life(self, fence: Fence) -> None:
+        if fence.decode_epoch != self._epoch:
+            self._stale += 1
+            raise StaleFence(f"this worker's epoch is {self._epoch}: the attempt is for another life of it")
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def step(self, now: float) -> bool:
+        events = self._receiver.poll(now)
+        for event in events:
+            self._from_receiver(event, now)
+        self._lease_pages(now)
+        self._refuse_orphans(now)
+        plan = self._engine.plan()
+        if plan is None:
+            return bool(events)
+        for fence in plan.started:
+            if self._attempts[fence].machine.accepts(state.PrefillStarted):
+                self._feed(fence, state.PrefillStarted(), now)
+        self._compute(plan)
+        return True
+
+    def _compute(self, plan: StepPlan) -> None:
+        result = self._engine.execute(plan)
+        now = self._clock.now()
+        for progress in result.progress:
+            self._feed(progress.key, state.ChunkComputed(), now)
+        self._emit(result)
+        for sampled in result.sampled:
+            self._feed(sampled.key, state.Sampled(result.batch_size, sampled.finished), now)
+
+    def _emit(self, result: StepResult) -> None:
+        """One message per router and step."""
+        by_router: dict[str, list[Emitted]] = {}
+        for sampled in result.sampled:
+            emitted = Emitted(sampled.key, sampled.offset, sampled.token, sampled.logprobs)
+            by_router.setdefault(self._attempts[sampled.key].router, []).append(emitted)
+        for router, tokens in by_router.items():
+            self._send(ToRouter(router, Tokens(tokens)))
+
+    def _from_receiver(self, event: transfer.ReceiverEvent, now: float) -> None:
+        match event:
+            case transfer.OfferArrived(fence=fence):
+                self._offered(fence, now)
+            case transfer.KVArrived(fence=fence, first_token=token):
+                self._feed(fence, state.KVArrived(token), now)
+            case transfer.HandoffFailed(fence=fence, error=error, blame=blame):
+                self._early.pop(fence, None)
+                if fence in self._attempts:
+                    self._feed(fence, state.HandoffFailed(error, blame), now)
+            case transfer.LeaseEnded(fence=fence):
+                self._engine.ledger.release(Owner(OwnerKind.QUARANTINE, fence))
+
+    def _offered(self, fence: Fence, now: float) -> None:
+        if fence in self._attempts:
+            self._feed(fence, state.OfferArrived(), now)
+        elif fence in self._ended:
+            self._receiver.cancel(fence, ErrorInfo("Cancelled", "the attempt has ended here"))
+        else:
+            self._early[fence] = now
+
+    def _refuse_orphans(self, now: float) -> None:
+        for fence in [fence for fence, since in self._early.items() if now - since > EARLY_OFFER_SECONDS]:
+            del self._early[fence]
+            self._receiver.refuse(fence, WorkerLost("no router sent this attempt to the decode worker").to_info())
+
+    def _lease_pages(self, now: float) -> None:
+        """Grants pages in the order of the offers; the first that must wait holds up the rest, so none starves."""
+        ledger, layout = self._engine.ledger, self._engine.layout
+        while self._wanting:
+            fence = self._wanting[0]
+            attempt = self._attempts.get(fence)
+            if attempt is not None and attempt.machine.state is DecodeState.OFFERED:
+                message = attempt.machine.attempt
+                granted = layout.pages_for(len(message.prompt) + len(message.output))
+                needed = self._pages_of(message)
+                if needed > ledger.free:
+                    return
+                pages = ledger.allocate(Owner(OwnerKind.LEASE, fence), granted)
+                ledger.allocate(Owner(OwnerKind.RESERVED, fence), needed - granted)
+                self._receiver.grant(fence, pages)
+                self._feed(fence, state.PagesLeased(), now)
+            self._wanting.popleft()
+
+    def _pages_of(self, message: DecodeAttempt) -> int:
+        """All that it may ever need: the last token's KV is never computed."""
+        longest = len(message.prompt) + max(message.sampling.max_tokens - 1, len(message.output))
+        return self._engine.layout.pages_for(longest)
+
+    def _feed(self, fence: Fence, event: object, now: float) -> None:
+        attempt = self._attempts[fence]
+        for action in attempt.machine.handle(event, now):
+            self._carry_out(fence, attempt, action)
+        if attempt.machine.state is DecodeState.FINISHED:
+            del self._attempts[fence]
+            self._ended[fence] = None
+            if len(self._ended) > ENDED_MEMORY:
+                self._ended.popitem(last=False)
+
+    def _carry_out(self, fence: Fence, attempt: _Attempt, action: state.Action) -> None:
+        ledger = self._engine.ledger
+        match action:
+            case state.LeasePages():
+                self._wanting.append(fence)
+            case state.Submit(first_token=token):
+                self._submit(attempt.machine.attempt, token)
+            case state.StopHandoff(error=error):
+                self._receiver.cancel(fence, error)
+            case state.QuarantinePages():
+                ledger.move(Owner(OwnerKind.LEASE, fence), Owner(OwnerKind.QUARANTINE, fence))
+                ledger.release(Owner(OwnerKind.RESERVED, fence))
+            case state.DropSequence():
+                self._engine.cancel(fence)
+            case state.ReleasePages():
+                self._engine.release(fence)
+            case state.Report(message=message):
+                self._send(ToRouter(attempt.router, message))
+
+    def _submit(self, attempt: DecodeAttempt, first_token: int | None) -> None:
+        fence = attempt.fence
+        if first_token is None:
+            self._engine.submit(Sequence(fence, attempt.prompt, list(attempt.output), attempt.sampling))
+            return
+        sequence_owner = Owner(OwnerKind.SEQUENCE, fence)
+        self._engine.ledger.move(Owner(OwnerKind.LEASE, fence), sequence_owner)
+        self._engine.ledger.move(Owner(OwnerKind.RESERVED, fence), sequence_owner)
+        computed = len(attempt.prompt) + len(attempt.output)
+        output = [*attempt.output, first_token]
+        self._engine.submit(Sequence(fence, attempt.prompt, output, attempt.sampling, computed))
+
+    # --- reports -----------------------------------------------------------------------------------------------------
+
+    def load(self) -> Load:
+        ledger = self._engine.ledger
+        owners = ledger.counts()
+        awaiting = sum(attempt.machine.state in WAITING_STATES for attempt in self._attempts.values())
+        return Load(
+            queued=awaiting + self._engine.queued,
+            queued_tokens=self._engine.queued_tokens,
+            running=self._engine.running,
+            pages_used=ledger.used,
+            pages_total=ledger.total,
+            pages_quarantined=owners.get(OwnerKind.QUARANTINE.value, 0),
+            transfers=self._receiver.active,
+            steps=self._engine.steps,
+            owners=owners,
+            stale_messages=self._stale + sum(self._receiver.stale.values()),
+        )
+
+    def close(self) -> None:
+        self._on_close()

@@ -1,0 +1,37 @@
+"""`python -m decode_worker.engine_process`: owns a decode worker's device, KV pool and transfer agent."""
+
+from __future__ import annotations
+
+import sys
+
+from cluster.engine_main import EngineContext, main
+from cluster.messages import EngineReady
+from cluster.process_identity import current
+from cluster.step_loop import StepHandler
+from decode_worker.decode_loop import DecodeLoop
+from engine.engine import Engine, EngineConfig
+from kv_transfer.backends import open_backend
+from kv_transfer.backends.base import PoolMemory
+from kv_transfer.digests import PageDigests
+from kv_transfer.receiver import HandoffReceiver
+from kv_transfer.thread import TransferThread
+
+
+def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
+    """Loads the model, registers its pool, warms up. Raises `ConfigError` for what can't work."""
+    topology, section, epoch = context.topology, context.topology.decode, context.epoch
+    engine = Engine(
+        EngineConfig.from_topology(topology, section.max_running, section.chunk_tokens, threads=len(context.cores))
+    )
+    engine.warm_up()
+    pool = PoolMemory(engine.pool_address, engine.ledger.total, engine.page_bytes)
+    backend = open_backend(topology.kv.transfer, f"{context.name}-{epoch}", pool, context.host)
+    check = topology.kv.verify_digests
+    thread = TransferThread(backend, PageDigests(pool) if check else None, context.clock, context.channel.wake)
+    receiver = HandoffReceiver(thread, engine.layout, context.send_to_peer, context.clock, check, epoch=epoch)
+    ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current())
+    return DecodeLoop(engine, receiver, context.send, context.clock, epoch, thread.close), ready
+
+
+if __name__ == "__main__":
+    sys.exit(main("decode_worker.engine_process", lambda topology: topology.decode.cpus, build))

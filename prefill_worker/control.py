@@ -1,0 +1,101 @@
+"""The control process of a prefill worker: dials every decode worker that bootstrap knows, and relays."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import aiohttp
+
+from bootstrap.client import Registration, RosterWatcher
+from cluster.config import Topology
+from cluster.errors import AvailabilityError, ProtocolError
+from cluster.links import Backoff, LinkClosed, dial
+from cluster.logging import get_logger
+from cluster.messages import Member, Role
+from cluster.peers import PeerTable, receive_hello, require_compatible
+from cluster.server_process import run_until_stopped
+from cluster.worker_shell import WorkerShell
+
+log = get_logger(__name__)
+
+REFUSED_SECONDS = 10.0
+"""Between two tries with a peer that does not fit us; only a new epoch of it can help."""
+
+
+class PeerDialer:
+    """Keeps a link to each decode worker of the roster."""
+
+    def __init__(self, shell: WorkerShell, session: aiohttp.ClientSession, peers: PeerTable) -> None:
+        self._shell = shell
+        self._session = session
+        self._peers = peers
+        self._dialing: dict[tuple[str, int], asyncio.Task[None]] = {}
+
+    def on_change(self, joined: list[Member], left: list[Member]) -> None:
+        """The roster's callback. A worker that left bootstrap may still be handing over: its link ends by itself."""
+        for member in left:
+            task = self._dialing.pop((member.worker, member.epoch), None)
+            if task is not None and any(new.worker == member.worker for new in joined):
+                task.cancel()
+        for member in joined:
+            key = (member.worker, member.epoch)
+            if member.role is Role.DECODE and key not in self._dialing:
+                self._dialing[key] = asyncio.create_task(self._keep(member), name=f"peer {member.worker}")
+
+    async def close(self) -> None:
+        for task in self._dialing.values():
+            task.cancel()
+        await asyncio.gather(*self._dialing.values(), return_exceptions=True)
+
+    async def _keep(self, member: Member) -> None:
+        """Connects to one instance, again and again, while it is in the roster."""
+        backoff = Backoff()
+        key = (member.worker, member.epoch)
+        while True:
+            try:
+                await self._connect(member)
+            except (LinkClosed, AvailabilityError) as reason:
+                log.debug("peer is away", peer=member.worker, reason=str(reason))
+            except ProtocolError as error:
+                log.error("peer does not fit", peer=member.worker, error=str(error))
+                await asyncio.sleep(REFUSED_SECONDS)
+            if key not in self._dialing:
+                return
+            await asyncio.sleep(backoff.next())
+
+    async def _connect(self, member: Member) -> None:
+        link = await dial(self._session, f"{member.url}/peer")
+        try:
+            ours = self._shell.hello()
+            link.post(ours)
+            theirs = await receive_hello(link, Role.DECODE)
+            require_compatible(ours, theirs)
+            await self._peers.relay(theirs, link)
+        finally:
+            await link.close()
+
+
+async def serve(
+    topology: Topology, name: str, host: str, port: int, engine: Sequence[str], env: Mapping[str, str]
+) -> None:
+    """Runs the worker until SIGTERM or SIGINT; `engine` are its engine process's arguments, `env` its environment.
+
+    Raises `ConfigError` if it can't start and `WorkerLost` when its engine process dies.
+    """
+    shell = WorkerShell(name, Role.PREFILL, topology)
+    peers = PeerTable(shell.post, shell.metrics.peers)
+    shell.on_peer_message = peers.send
+    async with aiohttp.ClientSession() as session:
+        dialer = PeerDialer(shell, session, peers)
+        try:
+            member = await shell.start(host, port, "prefill_worker.engine_process", engine, env)
+            registration = Registration(session, topology.bootstrap_url, member, lambda: shell.load)
+            roster = RosterWatcher(session, topology.bootstrap_url, name, dialer.on_change)
+            relaying = [shell.run(), registration.run(), roster.run()]
+            await run_until_stopped(*(asyncio.create_task(part) for part in relaying))
+            await registration.leave("stopped")
+        finally:
+            await dialer.close()
+            await peers.close()
+            await shell.close()

@@ -1,0 +1,201 @@
+"""The step loop's work on a prefill worker: feeds one `PrefillMachine` per attempt and carries out what they ask for.
+
+Owns the attempts. The pages belong to the engine's ledger, the handoffs to the `HandoffSender`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from cluster.clock import Clock
+from cluster.errors import RequestError, StaleFence
+from cluster.logging import get_logger
+from cluster.messages import (
+    Abort,
+    Ack,
+    AnyMessage,
+    AttemptFailed,
+    CancelAttempt,
+    Emitted,
+    Fence,
+    FinishReason,
+    FromPeer,
+    FromRouter,
+    Grant,
+    Load,
+    Message,
+    PeerDown,
+    PeerUp,
+    PrefillAttempt,
+    Role,
+    RouterGone,
+    Tokens,
+    ToRouter,
+)
+from engine.engine import Engine, StepPlan, StepResult
+from engine.pages import Owner, OwnerKind
+from engine.sequence import Sequence
+from kv_transfer.sender import HandoffSender
+from prefill_worker import prefill_state as state
+from prefill_worker.prefill_state import PrefillMachine, PrefillState
+
+log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Attempt:
+    router: str
+    machine: PrefillMachine
+
+
+class PrefillLoop:
+    """A `cluster.step_loop.StepHandler`. `send` puts a message into the channel to the control process, at once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        sender: HandoffSender,
+        send: Callable[[Message], None],
+        clock: Clock,
+        epoch: int,
+        on_close: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._sender = sender
+        self._send = send
+        self._clock = clock
+        self._epoch = epoch
+        self._on_close = on_close
+        self._attempts: dict[Fence, _Attempt] = {}
+        self._stale = 0
+
+    # --- messages ----------------------------------------------------------------------------------------------------
+
+    def handle(self, message: AnyMessage, now: float) -> None:
+        if isinstance(message, FromRouter):
+            self._from_router(message, now)
+        elif isinstance(message, FromPeer):
+            if isinstance(message.message, Grant | Ack | Abort):
+                self._sender.receive(message.worker, message.epoch, message.message)
+            else:
+                self._stale += 1
+        elif isinstance(message, PeerUp):
+            self._sender.peer_up(message.hello)
+        elif isinstance(message, PeerDown):
+            self._sender.peer_down(message.worker, message.epoch)
+        elif isinstance(message, RouterGone):
+            for fence in [fence for fence, attempt in self._attempts.items() if attempt.router == message.router]:
+                self._feed(fence, state.Cancelled("the router's connection broke"), now)
+
+    def _from_router(self, envelope: FromRouter, now: float) -> None:
+        message = envelope.message
+        if isinstance(message, CancelAttempt):
+            if message.fence in self._attempts:
+                self._feed(message.fence, state.Cancelled(message.reason), now)
+        elif isinstance(message, PrefillAttempt):
+            self._begin(envelope.router, message, now)
+
+    def _begin(self, router: str, attempt: PrefillAttempt, now: float) -> None:
+        fence = attempt.fence
+        if fence in self._attempts:
+            self._stale += 1
+            return
+        only_next = msgspec.structs.replace(attempt.sampling, max_tokens=len(attempt.output) + 1)
+        try:
+            self._require_our_life(fence)
+            self._engine.submit(Sequence(fence, attempt.prompt, list(attempt.output), only_next))
+        except (RequestError, StaleFence) as error:
+            self._send(ToRouter(router, AttemptFailed(fence, Role.PREFILL, Role.PREFILL, error.to_info())))
+            return
+        self._attempts[fence] = _Attempt(router, PrefillMachine(attempt, now))
+        log.debug("queued", request=fence.request, tokens=len(attempt.prompt), decode=attempt.decode)
+
+    def _require_our_life(self, fence: Fence) -> None:
+        if fence.prefill_epoch != self._epoch:
+            self._stale += 1
+            raise StaleFence(f"this worker's epoch is {self._epoch}: the attempt is for another life of it")
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def step(self, now: float) -> bool:
+        ended = self._sender.poll(now)
+        for handoff in ended:
+            self._feed(handoff.fence, state.HandoffEnded(handoff.error, handoff.blame, handoff.timings), now)
+        plan = self._engine.plan()
+        if plan is None:
+            return bool(ended)
+        # Offers leave before the chunk is computed, so that grants wait for us and not we for them.
+        for fence in plan.started:
+            self._feed(fence, state.Started(), now)
+        self._compute(plan)
+        return True
+
+    def _compute(self, plan: StepPlan) -> None:
+        result = self._engine.execute(plan)
+        now = self._clock.now()
+        for progress in result.progress:
+            self._feed(progress.key, state.ChunkComputed(progress.computed), now)
+        self._emit(result)
+        for sampled in result.sampled:
+            attempt = self._attempts[sampled.key].machine.attempt
+            finished = sampled.finished
+            if finished is FinishReason.LENGTH and sampled.offset + 1 < attempt.sampling.max_tokens:
+                finished = None  # only our leg's last token
+            self._feed(sampled.key, state.FirstToken(sampled.token, finished), now)
+
+    def _emit(self, result: StepResult) -> None:
+        """First tokens go to their routers before anything else is done about them."""
+        by_router: dict[str, list[Emitted]] = {}
+        for sampled in result.sampled:
+            emitted = Emitted(sampled.key, sampled.offset, sampled.token, sampled.logprobs)
+            by_router.setdefault(self._attempts[sampled.key].router, []).append(emitted)
+        for router, tokens in by_router.items():
+            self._send(ToRouter(router, Tokens(tokens)))
+
+    def _feed(self, fence: Fence, event: object, now: float) -> None:
+        attempt = self._attempts[fence]
+        for action in attempt.machine.handle(event, now):
+            self._carry_out(fence, attempt, action)
+        if attempt.machine.state is PrefillState.RELEASED:
+            del self._attempts[fence]
+
+    def _carry_out(self, fence: Fence, attempt: _Attempt, action: state.Action) -> None:
+        match action:
+            case state.Offer(tokens=tokens):
+                decode = attempt.machine.attempt.decode
+                assert decode is not None
+                self._sender.offer(fence, decode, tokens)
+            case state.Share(computed=computed):
+                self._sender.computed(fence, self._engine.ledger.pages_of(Owner(OwnerKind.SEQUENCE, fence)), computed)
+            case state.Complete(first_token=token):
+                self._sender.finish(fence, token)
+            case state.StopHandoff(error=error):
+                self._sender.cancel(fence, error)
+            case state.DropSequence():
+                self._engine.cancel(fence)
+            case state.ReleasePages():
+                self._engine.release(fence)
+            case state.Report(message=message):
+                self._send(ToRouter(attempt.router, message))
+
+    # --- reports -----------------------------------------------------------------------------------------------------
+
+    def load(self) -> Load:
+        ledger = self._engine.ledger
+        return Load(
+            queued=self._engine.queued,
+            queued_tokens=self._engine.queued_tokens,
+            running=len(self._attempts) - self._engine.queued,
+            pages_used=ledger.used,
+            pages_total=ledger.total,
+            transfers=self._sender.active,
+            steps=self._engine.steps,
+            owners=ledger.counts(),
+            stale_messages=self._stale + sum(self._sender.stale.values()),
+        )
+
+    def close(self) -> None:
+        self._on_close()
