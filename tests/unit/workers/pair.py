@@ -1,0 +1,214 @@
+"""A prefill and a decode worker's step loops in one thread: a tiny real engine each, an in-memory transfer engine.
+
+Messages move only in `turn`; nothing waits for time. `router` collects what the loops say to the router, per fence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict, deque
+from pathlib import Path
+
+from cluster.clock import ManualClock
+from cluster.config import Dtype, WeightsFrom
+from cluster.messages import (
+    AttemptFailed,
+    AttemptFinished,
+    CancelAttempt,
+    DecodeAttempt,
+    Fence,
+    FromPeer,
+    FromRouter,
+    Message,
+    PeerDown,
+    PeerHello,
+    PeerUp,
+    PrefillAttempt,
+    ProcessIdentity,
+    Role,
+    Sampling,
+    Tokens,
+    ToRouter,
+)
+from decode_worker.decode_loop import DecodeLoop
+from engine.engine import Engine, EngineConfig
+from kv_transfer.backends.base import PoolMemory
+from kv_transfer.backends.memory import MemoryBackend, MemoryFabric
+from kv_transfer.digests import PageDigests
+from kv_transfer.driver import TransferDriver
+from kv_transfer.receiver import HandoffReceiver
+from kv_transfer.sender import HandoffSender
+from prefill_worker.prefill_loop import PrefillLoop
+from tests.unit.kv_transfer.world import InlinePort
+
+PREFILL_EPOCH, DECODE_EPOCH = 100, 200
+ROUTER = "router"
+TINY_LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+
+
+def tiny_engine(folder: Path, *, pool_pages: int = 64, max_running: int = 16, chunk_tokens: int = 16) -> Engine:
+    """Random weights, the same in each engine; pages of 4 tokens."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
+    return Engine(
+        EngineConfig(
+            model_path=folder,
+            model_name="tiny",
+            dtype=Dtype.FLOAT32,
+            weights=WeightsFrom.DUMMY,
+            page_size=4,
+            pool_pages=pool_pages,
+            max_running=max_running,
+            chunk_tokens=chunk_tokens,
+        )
+    )
+
+
+class Pair:
+    """Both loops, connected. `dead` holds the pids of processes that count as dead."""
+
+    def __init__(self, prefill_engine: Engine, decode_engine: Engine) -> None:
+        self.clock = ManualClock(1000.0)
+        self.fabric = MemoryFabric()
+        self.dead: set[int] = set()
+        self.closed: list[str] = []
+        self.to_prefill: deque[Message] = deque()
+        self.to_decode: deque[Message] = deque()
+        self.router: dict[Fence, list[Message]] = defaultdict(list)
+        self.engines = {"prefill": prefill_engine, "decode": decode_engine}
+        self.ports = {name: self._port(name, engine) for name, engine in self.engines.items()}
+        self.sender = HandoffSender(
+            self.ports["prefill"], prefill_engine.layout, self._peer_wire(self.to_decode, "prefill", PREFILL_EPOCH),
+            self.clock, True, epoch=PREFILL_EPOCH,
+        )  # fmt: skip
+        self.receiver = HandoffReceiver(
+            self.ports["decode"], decode_engine.layout, self._peer_wire(self.to_prefill, "decode", DECODE_EPOCH),
+            self.clock, True, epoch=DECODE_EPOCH, is_dead=lambda process: process.pid in self.dead,
+        )  # fmt: skip
+        self.prefill = PrefillLoop(
+            prefill_engine, self.sender, self._hear, self.clock, PREFILL_EPOCH, lambda: self.closed.append("prefill")
+        )
+        self.decode = DecodeLoop(
+            decode_engine, self.receiver, self._hear, self.clock, DECODE_EPOCH, lambda: self.closed.append("decode")
+        )
+        self.connect()
+
+    def _port(self, name: str, engine: Engine) -> InlinePort:
+        pool = PoolMemory(engine.pool_address, engine.ledger.total, engine.page_bytes)
+        backend = MemoryBackend(self.fabric, name, pool)
+        self.descriptors = {**getattr(self, "descriptors", {}), name: backend.descriptor}
+        return InlinePort(TransferDriver(backend, PageDigests(pool), self.clock))
+
+    def _peer_wire(self, wire, worker, epoch):
+        return lambda to, to_epoch, message: wire.append(FromPeer(worker, epoch, message))
+
+    def _hear(self, message: Message) -> None:
+        """What a loop sends to its control process."""
+        assert isinstance(message, ToRouter)
+        said = message.message
+        if isinstance(said, Tokens):
+            for emitted in said.tokens:
+                self.router[emitted.fence].append(emitted)
+        else:
+            self.router[said.fence].append(said)
+
+    # --- the world outside -------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        for role, epoch, wire in (
+            (Role.DECODE, DECODE_EPOCH, self.to_prefill),
+            (Role.PREFILL, PREFILL_EPOCH, self.to_decode),
+        ):
+            layout = self.engines[role.value].layout
+            identity = ProcessIdentity("boot", "namespace", epoch, 1)
+            wire.append(
+                PeerUp(PeerHello(role.value, role, epoch, layout, "memory", self.descriptors[role.value], identity))
+            )
+
+    def disconnect(self) -> None:
+        """What the peers have on the wire is lost."""
+        for wire in (self.to_prefill, self.to_decode):
+            kept = [message for message in wire if not isinstance(message, FromPeer)]
+            wire.clear()
+            wire.extend(kept)
+        self.to_prefill.append(PeerDown("decode", DECODE_EPOCH))
+        self.to_decode.append(PeerDown("prefill", PREFILL_EPOCH))
+
+    def request(self, name: str, prompt: list[int], sampling: Sampling, *, legs: str = "prefill decode") -> Fence:
+        """Sends a request's attempts. legs "decode" alone: unified; "prefill" alone: one token."""
+        fence = Fence(
+            name, 1, PREFILL_EPOCH if "prefill" in legs else 0, DECODE_EPOCH if "decode" in legs else 0
+        )  # fmt: skip
+        if "prefill" in legs:
+            decode = "decode" if "decode" in legs else None
+            self.to_prefill.append(FromRouter(ROUTER, PrefillAttempt(fence, prompt, sampling, decode)))
+        if "decode" in legs:
+            prefill = "prefill" if "prefill" in legs else None
+            self.to_decode.append(FromRouter(ROUTER, DecodeAttempt(fence, prompt, sampling, prefill)))
+        return fence
+
+    def cancel(self, fence: Fence) -> None:
+        for wire in (self.to_prefill, self.to_decode):
+            wire.append(FromRouter(ROUTER, CancelAttempt(fence, "test")))
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    def turn(self) -> bool:
+        """One turn of everything; whether anything happened."""
+        self.clock.advance(0.01)
+        happened = bool(self.to_prefill or self.to_decode)
+        for wire, loop in ((self.to_prefill, self.prefill), (self.to_decode, self.decode)):
+            for _ in range(len(wire)):
+                loop.handle(wire.popleft(), self.clock.now())
+            happened |= loop.step(self.clock.now())
+        for port in self.ports.values():
+            happened |= bool(port.commands)
+            port.run(turns=10)
+        return happened
+
+    def settle(self, turns: int = 5000) -> None:
+        """Turns until nothing happens any more, not even in the transfer engine, which may take a while to settle."""
+        quiet = 0
+        for _ in range(turns):
+            quiet = 0 if self.turn() else quiet + 1
+            if quiet == 10:
+                return
+        raise AssertionError(f"still busy after {turns} turns")
+
+    # --- what came of it ---------------------------------------------------------------------------------------------
+
+    def tokens(self, fence: Fence) -> list[int]:
+        """The request's tokens in the order of their offsets; each exactly once."""
+        emitted = sorted((m.offset, m.token) for m in self.router[fence] if hasattr(m, "offset"))
+        assert [offset for offset, _ in emitted] == list(range(len(emitted))), emitted
+        return [token for _, token in emitted]
+
+    def ends(self, fence: Fence) -> dict[Role, AttemptFinished | AttemptFailed]:
+        """Each leg's last word; a leg has at most one."""
+        words = [m for m in self.router[fence] if isinstance(m, (AttemptFinished, AttemptFailed))]
+        ends = {word.role: word for word in words}
+        assert len(ends) == len(words), words
+        return ends
+
+    def assert_nothing_left(self) -> None:
+        for engine in self.engines.values():
+            engine.ledger.check()
+            assert engine.ledger.used == 0, engine.ledger.counts()
+        assert self.sender.active == self.receiver.active == 0
+        for loop in (self.prefill, self.decode):
+            load = loop.load()
+            assert (load.queued, load.running, load.transfers, load.pages_quarantined) == (0, 0, 0, 0), load

@@ -1,0 +1,262 @@
+"""Prefill and decode loops together: handoffs, cancels at every moment, lost peers, pages that always come back."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from cluster.messages import (
+    AttemptFailed,
+    AttemptFinished,
+    DecodeAttempt,
+    Fence,
+    FinishReason,
+    FromRouter,
+    PeerDown,
+    PrefillAttempt,
+    Role,
+    RouterGone,
+    Sampling,
+)
+from tests.unit.workers.pair import DECODE_EPOCH, PREFILL_EPOCH, ROUTER, Pair, tiny_engine
+
+GREEDY = Sampling(max_tokens=6, seed=1, temperature=0.0)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return Pair(tiny_engine(tmp_path / "m"), tiny_engine(tmp_path / "m"))
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(128), k=length)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 15, 16, 17, 31, 32, 33, 100])
+def test_a_handed_over_request_gives_the_tokens_of_a_unified_one(pair, length):
+    split = pair.request("split", prompt(length), GREEDY)
+    unified = pair.request("unified", prompt(length), GREEDY, legs="decode")
+    pair.settle()
+    assert len(pair.tokens(split)) == 6
+    assert pair.tokens(split) == pair.tokens(unified)
+    assert pair.ends(split)[Role.PREFILL].reason is FinishReason.HANDED_OFF
+    assert pair.ends(split)[Role.DECODE].reason is FinishReason.LENGTH
+    pair.assert_nothing_left()
+
+
+def test_the_record_tells_chunks_pages_and_steps(pair):
+    fence = pair.request("r", prompt(33), GREEDY)
+    pair.settle()
+    ends = pair.ends(fence)
+    assert (ends[Role.PREFILL].prefill.tokens, ends[Role.PREFILL].prefill.chunks) == (33, 3)
+    assert ends[Role.PREFILL].handoff.pages == 9
+    assert ends[Role.PREFILL].handoff.bytes == 9 * pair.engines["prefill"].page_bytes
+    assert (ends[Role.DECODE].decode.steps, ends[Role.DECODE].decode.batch_sum) == (5, 5)
+
+
+def test_seeded_sampling_is_the_same_split_and_unified_alone_and_in_a_batch(pair):
+    sampling = Sampling(max_tokens=12, seed=77, temperature=1.5, top_p=0.95)
+    alone = pair.request("alone", prompt(9), sampling)
+    pair.settle()
+    batch = [pair.request(f"split-{i}", prompt(9, seed=0 if i == 5 else i), sampling) for i in range(10)]
+    unified = pair.request("unified", prompt(9), sampling, legs="decode")
+    pair.settle()
+    assert pair.tokens(alone) == pair.tokens(batch[5]) == pair.tokens(unified)
+    assert pair.tokens(batch[4]) != pair.tokens(batch[5])
+
+
+def test_a_one_token_request_needs_no_decode_leg(pair):
+    one = Sampling(max_tokens=1, seed=1, temperature=0.0)
+    fence = pair.request("one", prompt(20), one, legs="prefill")
+    pair.settle()
+    assert len(pair.tokens(fence)) == 1
+    assert pair.ends(fence)[Role.PREFILL].reason is FinishReason.LENGTH
+    pair.assert_nothing_left()
+
+
+def test_a_first_token_that_ends_the_request_frees_both_sides(pair):
+    reference = pair.request("reference", prompt(20), GREEDY)
+    pair.settle()
+    stop = Sampling(max_tokens=6, seed=1, temperature=0.0, stop_token_ids=pair.tokens(reference)[:1])
+    fence = pair.request("stop", prompt(20), stop)
+    pair.settle()
+    assert pair.tokens(fence) == pair.tokens(reference)[:1]
+    assert pair.ends(fence)[Role.PREFILL].reason is FinishReason.STOP
+    assert pair.ends(fence)[Role.DECODE].reason is FinishReason.CANCELLED
+    pair.assert_nothing_left()
+
+
+@pytest.mark.parametrize("legs", ["prefill decode", "decode", "prefill"])
+def test_a_cancel_at_any_moment_gives_everything_back_with_one_last_word_per_leg(pair, legs):
+    for moment in range(24):
+        fence = pair.request(f"r{moment}", prompt(40, seed=moment), GREEDY, legs=legs)
+        for _ in range(moment):
+            pair.turn()
+        pair.cancel(fence)
+        pair.settle()
+        assert set(pair.ends(fence)) == {Role(leg) for leg in legs.split()}
+        pair.assert_nothing_left()
+
+
+@pytest.mark.parametrize("moment", range(0, 16, 2))
+def test_a_router_that_is_gone_cancels_its_attempts_alone(pair, moment):
+    mine = pair.request("mine", prompt(40), GREEDY)
+    other = Fence("other", 1, PREFILL_EPOCH, DECODE_EPOCH)
+    pair.to_prefill.append(FromRouter("second", PrefillAttempt(other, prompt(40), GREEDY, "decode")))
+    pair.to_decode.append(FromRouter("second", DecodeAttempt(other, prompt(40), GREEDY, "prefill")))
+    for _ in range(moment):
+        pair.turn()
+    for wire in (pair.to_prefill, pair.to_decode):
+        wire.append(RouterGone(ROUTER))
+    pair.settle()
+    assert len(pair.tokens(other)) == 6
+    assert set(pair.ends(mine)) == {Role.PREFILL, Role.DECODE}
+    pair.assert_nothing_left()
+
+
+def test_an_offer_that_comes_before_its_attempt_waits_for_it(pair):
+    fence = Fence("early", 1, PREFILL_EPOCH, DECODE_EPOCH)
+    pair.to_prefill.append(FromRouter(ROUTER, PrefillAttempt(fence, prompt(20), GREEDY, "decode")))
+    pair.settle()
+    assert pair.engines["decode"].ledger.used == 0
+    pair.to_decode.append(FromRouter(ROUTER, DecodeAttempt(fence, prompt(20), GREEDY, "prefill")))
+    pair.settle()
+    assert len(pair.tokens(fence)) == 6
+    pair.assert_nothing_left()
+
+
+def test_an_offer_whose_attempt_never_comes_is_refused_in_bounded_time(pair):
+    fence = Fence("orphan", 1, PREFILL_EPOCH, DECODE_EPOCH)
+    pair.to_prefill.append(FromRouter(ROUTER, PrefillAttempt(fence, prompt(20), GREEDY, "decode")))
+    pair.settle()
+    pair.clock.advance(11.0)
+    pair.settle()
+    failed = pair.ends(fence)[Role.PREFILL]
+    assert isinstance(failed, AttemptFailed)
+    assert failed.blame is Role.DECODE
+    pair.assert_nothing_left()
+
+
+def test_a_late_offer_for_a_cancelled_attempt_is_refused_at_once(pair):
+    fence = Fence("late", 1, PREFILL_EPOCH, DECODE_EPOCH)
+    pair.to_decode.append(FromRouter(ROUTER, DecodeAttempt(fence, prompt(20), GREEDY, "prefill")))
+    pair.settle()
+    pair.cancel(fence)
+    pair.settle()
+    pair.to_prefill.append(FromRouter(ROUTER, PrefillAttempt(fence, prompt(20), GREEDY, "decode")))
+    pair.settle()
+    assert isinstance(pair.ends(fence)[Role.PREFILL], AttemptFailed)
+    pair.assert_nothing_left()
+
+
+def test_decode_leases_pages_in_the_order_of_offers_when_the_pool_is_short(tmp_path):
+    pair = Pair(tiny_engine(tmp_path / "m"), tiny_engine(tmp_path / "m", pool_pages=12))
+    fences = [pair.request(f"r{i}", prompt(20 + i), GREEDY) for i in range(8)]
+    pair.settle()
+    assert all(len(pair.tokens(fence)) == 6 for fence in fences)
+    ends = [message.fence for said in pair.router.values() for message in said if isinstance(message, AttemptFinished)]
+    assert len(ends) == 16
+    pair.assert_nothing_left()
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers(pair):
+    fence = pair.request("long", prompt(100), Sampling(max_tokens=200, seed=1), legs="decode")
+    pair.settle()
+    failed = pair.ends(fence)[Role.DECODE]
+    assert isinstance(failed, AttemptFailed)
+    assert failed.error.code == "PromptTooLong"
+    assert "256" in failed.error.message
+
+
+@pytest.mark.parametrize("legs", ["prefill", "decode"])
+def test_an_attempt_for_another_life_of_the_worker_is_refused_and_counted(pair, legs):
+    stale = Fence("stale", 1, PREFILL_EPOCH - 1, DECODE_EPOCH - 1)
+    if legs == "prefill":
+        pair.to_prefill.append(FromRouter(ROUTER, PrefillAttempt(stale, prompt(5), GREEDY, None)))
+    else:
+        pair.to_decode.append(FromRouter(ROUTER, DecodeAttempt(stale, prompt(5), GREEDY, None)))
+    pair.settle()
+    assert pair.ends(stale)[Role(legs)].error.code == "StaleFence"
+    assert getattr(pair, legs).load().stale_messages == 1
+
+
+def test_a_repeated_attempt_is_counted_and_changes_nothing(pair):
+    fence = pair.request("twice", prompt(20), GREEDY)
+    pair.request("twice", prompt(20), GREEDY)
+    pair.settle()
+    assert len(pair.tokens(fence)) == 6
+    assert set(pair.ends(fence)) == {Role.PREFILL, Role.DECODE}
+
+
+def test_damaged_pages_fail_the_request_and_nothing_is_decoded_from_them(pair):
+    pair.fabric.corrupt_writes.add(0)
+    fence = pair.request("damaged", prompt(40), GREEDY)
+    pair.settle()
+    failed = pair.ends(fence)[Role.DECODE]
+    assert isinstance(failed, AttemptFailed)
+    assert failed.error.code == "TransferFailed"
+    assert len(pair.tokens(fence)) <= 1, "only the prefill leg's own token"
+    pair.assert_nothing_left()
+
+
+@pytest.mark.parametrize("moment", range(14))
+def test_a_broken_connection_fails_the_request_at_once_and_pages_wait_for_the_writers_word(pair, moment):
+    fence = pair.request("cut", prompt(40), GREEDY)
+    for _ in range(moment):
+        pair.turn()
+    pair.disconnect()
+    pair.settle()
+    pair.clock.advance(6.0)
+    pair.settle()
+    ends = pair.ends(fence)
+    assert Role.PREFILL in ends
+    pair.cancel(fence)
+    pair.connect()
+    pair.settle()
+    assert set(pair.ends(fence)) == {Role.PREFILL, Role.DECODE}
+    pair.assert_nothing_left()
+
+
+def test_leased_pages_of_a_dead_writer_come_back_with_proof_of_its_death_only(pair):
+    pair.fabric.hold = True
+    pair.request("r", prompt(40), GREEDY)
+    for _ in range(6):
+        pair.turn()
+    leased = pair.engines["decode"].ledger.counts()["lease"]
+    assert leased == 10
+    pair.to_decode.clear()
+    pair.decode.handle(PeerDown("prefill", PREFILL_EPOCH), pair.clock.now())
+    for _ in range(50):
+        pair.clock.advance(60.0)
+        pair.decode.step(pair.clock.now())
+        pair.ports["decode"].run()
+    assert pair.decode.load().pages_quarantined == leased, "an hour of silence proves nothing"
+    pair.dead.add(PREFILL_EPOCH)
+    for _ in range(60):
+        pair.clock.advance(1.0)
+        pair.decode.step(pair.clock.now())
+        pair.ports["decode"].run()
+    assert pair.engines["decode"].ledger.used == 0
+
+
+def test_random_requests_and_cancels_leave_nothing_behind(pair):
+    chance = random.Random(5)
+    live: list[Fence] = []
+    for number in range(150):
+        legs = chance.choice(["prefill decode", "prefill decode", "decode"])
+        sampling = Sampling(max_tokens=chance.randint(2, 12), seed=number, temperature=chance.choice([0.0, 1.0]))
+        live.append(pair.request(f"r{number}", prompt(chance.randint(1, 60), seed=number), sampling, legs=legs))
+        for _ in range(chance.randint(0, 4)):
+            pair.turn()
+        if chance.random() < 0.3:
+            pair.cancel(chance.choice(live))
+    pair.settle()
+    assert all(pair.ends(fence) for fence in live)
+    pair.assert_nothing_left()
+
+
+def test_closing_ends_the_transfer_thread(pair):
+    pair.prefill.close()
+    pair.decode.close()
+    assert pair.closed == ["prefill", "decode"]
