@@ -191,7 +191,8 @@ class ReceiverLease(StateMachine[ReceiverAction]):
 
     # --- GRANTED -----------------------------------------------------------------------------------------------------
 
-    def _grant_again(self, event: OfferedAgain, now: float) -> list[ReceiverAction]:
+    def _grant_again(self, event: OfferedAgain | PeerUp, now: float) -> list[ReceiverAction]:
+        """Also a question: a writer that has ended unheard answers ABORTED."""
         assert self._grant is not None
         return [Send(self._grant)]
 
@@ -290,7 +291,7 @@ class ReceiverLease(StateMachine[ReceiverAction]):
         (ReceiverState.GRANTED, GivenUp): "_cancel",
         (ReceiverState.GRANTED, DoneArrived): "_verify",
         (ReceiverState.GRANTED, AbortedArrived): "_ended_early",
-        (ReceiverState.GRANTED, PeerUp): "_ignore",
+        (ReceiverState.GRANTED, PeerUp): "_grant_again",
         (ReceiverState.GRANTED, PeerDown): "_lost",
         (ReceiverState.GRANTED, WriterFenced): "_killed",
         (ReceiverState.VERIFYING, OfferedAgain): "_ignore",
