@@ -12,7 +12,7 @@ STAMP := $(VENV)/.baton-setup
 LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-gpu test-soak bench clean
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-gpu test-soak bench docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/\1|\2/' \
@@ -80,6 +80,9 @@ test-gpu: setup  ## the tests that need an NVIDIA GPU
 
 bench: setup  ## 1 prefill + 1 decode worker beside a unified worker, under the same load on the same cores
 	$(BIN)/python -m bench compare $(ARGS)
+
+docs: setup  ## draw ARCHITECTURE.md's state tables from the code
+	$(BIN)/python -m tests.state_tables
 
 clean:  ## remove the virtual environment, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
