@@ -11,7 +11,7 @@ from rich.table import Table
 from cluster.errors import LaunchError
 from deploy.cluster_client import RequestRecord, RouterClient
 
-PROMPT = "Explain in simple words why the sky is blue."
+PROMPT = "Explain the water cycle in simple words."
 MAX_TOKENS = 160
 
 _RECORD_TRIES = 20
@@ -29,7 +29,9 @@ async def run_demo(router: RouterClient, model: str, console: Console) -> None:
     console.print("\n")
     if not request:
         raise LaunchError("the router's answer was empty")
-    console.print(timings_table(await _final_record(router, request)))
+    record = await _final_record(router, request)
+    console.print(f"where the time went (all of it: GET /v1/requests/{record.id})", highlight=False, soft_wrap=True)
+    console.print(timings_table(record))
 
 
 async def _final_record(router: RouterClient, request: str) -> RequestRecord:
@@ -44,7 +46,8 @@ async def _final_record(router: RouterClient, request: str) -> RequestRecord:
 
 
 def timings_table(record: RequestRecord) -> Table:
-    table = Table(title=f"where the time went: {record.id}", title_justify="left", box=None, pad_edge=False)
+    """Stage by stage; those that the request did not go through are left out."""
+    table = Table(box=None, pad_edge=False)
     table.add_column("stage")
     table.add_column("time", justify="right")
     table.add_column("what")
