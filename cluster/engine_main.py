@@ -16,7 +16,7 @@ from cluster.errors import BatonError
 from cluster.ipc import ControlGone, EngineChannel
 from cluster.logging import configure, get_logger
 from cluster.messages import EngineReady, HandoffMessage, Message, ToPeer
-from cluster.process import die_with_parent, pin
+from cluster.process import die_with_parent, leave_interrupts_to_parent, pin
 from cluster.step_loop import StepHandler, StepLoop
 from cluster.topology import load_topology
 
@@ -53,6 +53,7 @@ def main(program: str, cores_of: Callable[[Topology], Cores], build: Build) -> i
     """Runs one engine process to its end and returns its exit status. Called by the process's `__main__` only."""
     epoch = time.time_ns()
     die_with_parent()
+    leave_interrupts_to_parent()
     arguments = _parse(program)
     channel = EngineChannel(socket.socket(fileno=arguments.channel))
     try:

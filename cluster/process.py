@@ -19,6 +19,11 @@ def die_with_parent() -> None:
         pass
 
 
+def leave_interrupts_to_parent() -> None:
+    """Ctrl-C reaches a terminal's whole process group; a child that its parent stops in order ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def pin(cores: Sequence[int]) -> list[int]:
     """Pins this process to those of `cores` that exist here; if none do, it stays free. Returns what it may run on."""
     available = os.sched_getaffinity(0)

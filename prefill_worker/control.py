@@ -24,35 +24,42 @@ REFUSED_SECONDS = 10.0
 
 
 class PeerDialer:
-    """Keeps a link to each decode worker of the roster."""
+    """Keeps a link to each decode worker of the roster; one task per instance while it is wanted or linked."""
 
     def __init__(self, shell: WorkerShell, session: aiohttp.ClientSession, peers: PeerTable) -> None:
         self._shell = shell
         self._session = session
         self._peers = peers
-        self._dialing: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._wanted: dict[str, int] = {}
+        """Epoch of the instance that the roster has, by worker."""
+        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
 
     def on_change(self, joined: list[Member], left: list[Member]) -> None:
-        """The roster's callback. A worker that left bootstrap may still be handing over: its link ends by itself."""
+        """The roster's callback. An instance that bootstrap lost sight of keeps its link until that ends by itself."""
         for member in left:
-            task = self._dialing.pop((member.worker, member.epoch), None)
-            if task is not None and any(new.worker == member.worker for new in joined):
-                task.cancel()
+            if self._wanted.get(member.worker) == member.epoch:
+                del self._wanted[member.worker]
         for member in joined:
-            key = (member.worker, member.epoch)
-            if member.role is Role.DECODE and key not in self._dialing:
-                self._dialing[key] = asyncio.create_task(self._keep(member), name=f"peer {member.worker}")
+            if member.role is Role.DECODE:
+                self._wanted[member.worker] = member.epoch
+                self._start(member)
 
     async def close(self) -> None:
-        for task in self._dialing.values():
+        tasks = list(self._tasks.values())
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._dialing.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start(self, member: Member) -> None:
+        key = (member.worker, member.epoch)
+        if key not in self._tasks:
+            task = self._tasks[key] = asyncio.create_task(self._keep(member), name=f"peer {member.worker}")
+            task.add_done_callback(lambda _: self._tasks.pop(key))
 
     async def _keep(self, member: Member) -> None:
-        """Connects to one instance, again and again, while it is in the roster."""
+        """Connects to one instance, again and again, while the roster has it."""
         backoff = Backoff()
-        key = (member.worker, member.epoch)
-        while True:
+        while self._wanted.get(member.worker) == member.epoch:
             try:
                 await self._connect(member)
             except (LinkClosed, AvailabilityError) as reason:
@@ -60,8 +67,6 @@ class PeerDialer:
             except ProtocolError as error:
                 log.error("peer does not fit", peer=member.worker, error=str(error))
                 await asyncio.sleep(REFUSED_SECONDS)
-            if key not in self._dialing:
-                return
             await asyncio.sleep(backoff.next())
 
     async def _connect(self, member: Member) -> None:
