@@ -85,5 +85,5 @@ docs: setup  ## draw ARCHITECTURE.md's state tables from the code
 	$(BIN)/python -m tests.state_tables
 
 clean:  ## remove the virtual environment, caches and build outputs
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
