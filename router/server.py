@@ -71,8 +71,10 @@ class RouterServer:
             records,
             self.metrics,
         )
-        app = build_app(self._generation, operations, self.metrics, config.max_body_bytes)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=GRACE_SECONDS)
+        self.application = build_app(self._generation, operations, self.metrics, config.max_body_bytes)
+        self._runner = web.AppRunner(
+            self.application, access_log=None, handler_cancellation=True, shutdown_timeout=GRACE_SECONDS
+        )
 
     async def start(self) -> str:
         """Listens; returns the URL. Raises `ConfigError` if the port is taken."""

@@ -47,19 +47,33 @@ _RETRYABLE = (429, 503)
 
 Schema = dict[str, Any]
 
+_TOKEN_ID = {"$ref": "#/components/schemas/TokenId"}
+_PROMPT: Schema = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+        {"type": "array", "minItems": 1, "items": _TOKEN_ID},
+        {"type": "array", "minItems": 1, "items": {"type": "array", "minItems": 1, "items": _TOKEN_ID}},
+    ]
+}
+
 
 def document(served_model: str, limits: FleetLimits) -> Schema:
     """The description of this API as it is served now."""
     _, components = msgspec.json.schema_components(_TYPES, ref_template="#/components/schemas/{name}")
+    most = {"anyOf": [{"type": "integer", "minimum": 1, "maximum": limits.context_length - 1}, {"type": "null"}]}
+    components[ChatCompletionRequest.__name__]["properties"]["max_completion_tokens"] = most
     components["TokenId"] = {"type": "integer", "minimum": 0, "maximum": limits.vocab_size - 1}
     for name in (ChatCompletionRequest.__name__, CompletionRequest.__name__):
+        components[name]["properties"]["max_tokens"] = most
         components[name]["properties"]["model"] = {"type": "string", "enum": [served_model]}
+    components[CompletionRequest.__name__]["properties"]["prompt"] = _PROMPT
     return {
         "openapi": "3.1.0",
         "info": {"title": "Baton", "version": "1", "description": "OpenAI-compatible LLM serving, disaggregated."},
         "paths": {
-            "/v1/chat/completions": {"post": _generating("chat", ChatCompletionRequest, ChatCompletion)},
-            "/v1/completions": {"post": _generating("completion", CompletionRequest, Completion)},
+            "/v1/chat/completions": {"post": _generating("chat", ChatCompletionRequest, ChatCompletion, ChatChunk)},
+            "/v1/completions": {"post": _generating("completion", CompletionRequest, Completion, Completion)},
             "/v1/models": {"get": _reading("models", ModelList)},
             "/v1/models/{model}": {"get": _reading("model", ModelObject, "model")},
             "/v1/requests/{id}": {"get": _reading("record", RequestRecord, "id")},
@@ -72,10 +86,11 @@ def document(served_model: str, limits: FleetLimits) -> Schema:
     }
 
 
-def _generating(name: str, body: type, answer: type) -> Schema:
-    """An endpoint that answers as a whole or as a stream of events, each `data:` a JSON object, the last [DONE]."""
-    answers = _response("The answer; with `stream` true, a stream of server-sent events", _ref(answer))
-    answers["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+def _generating(name: str, body: type, answer: type, chunk: type) -> Schema:
+    """An endpoint that answers as a whole or as a stream. OpenAPI 3.1 has no schema for events: words must do."""
+    events = f"with `stream` true, server-sent events whose data is a `{chunk.__name__}` each, the last one `[DONE]`"
+    answers = _response(f"The answer; {events}", _ref(answer))
+    answers["content"]["text/event-stream"] = {}
     operation = _operation(name, {"200": answers, **_errors(400, 404, 413, 415, 429, 500, 503)})
     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
     operation["parameters"] = [

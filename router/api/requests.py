@@ -17,25 +17,13 @@ TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-NoObject = Annotated[dict[str, Any], Meta(extra_json_schema={"maxProperties": 0})]
 NoArray = Annotated[list[Any], Meta(max_length=0)]
-PROMPT_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
-        {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenId"}},
-        {
-            "type": "array",
-            "minItems": 1,
-            "items": {"type": "array", "minItems": 1, "items": {"$ref": "#/components/schemas/TokenId"}},
-        },
-    ]
-}
-"""The union that the type below can't tell: lists are of one kind throughout."""
-Prompt = Annotated[
-    Union[str, list[Union[str, int, list[int]]]],
-    Meta(extra_json_schema=PROMPT_SCHEMA),
-]
+Prompt = Union[str, list[Union[str, int, list[int]]]]
+"""Lists are of one kind throughout, which the type can't tell: the planner checks it, /openapi.json shows it."""
+
+
+class Nothing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An object without a field."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -81,7 +69,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     user: str | None = None
     priority: Int64 | None = None
 
-    logit_bias: NoObject | None = None
+    logit_bias: Nothing | None = None
     response_format: ResponseFormat | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=0)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=1, le=1)] | None = None

@@ -1,4 +1,4 @@
-"""A worker that speaks the router's protocol and computes nothing: what it answers, and how it breaks, is the test's."""
+"""A worker that speaks the router's protocol and computes nothing; what it answers, and how it breaks, a test says."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from cluster.messages import (
 )
 
 HEARTBEAT_SECONDS = 0.05
+DAMAGED = ErrorInfo("TransferFailed", "a page arrived damaged")
 LAYOUT = KVLayout(model="fake", dtype="float32", page_size=16, layers=1, kv_heads=1, head_dim=8)
 PREFILL_TIMINGS = PrefillTimings(0.001, 0.002, tokens=5, cached_tokens=3, chunks=1)
 HANDOFF_TIMINGS = HandoffTimings(0.001, 0.002, 0.003, pages=1, bytes=1024)
@@ -53,7 +54,7 @@ class Behaviour:
     silent_from: int | None = None
     """From this offset on it says nothing more, until it is cancelled."""
     fails_at: int | None = None
-    error: ErrorInfo = ErrorInfo("TransferFailed", "a page arrived damaged")
+    error: ErrorInfo = DAMAGED
     blame: Role | None = None
     dies_at: int | None = None
     """The process ends: every connection breaks."""

@@ -14,8 +14,9 @@ from bootstrap.server import BootstrapServer
 from cluster.clock import MonotonicClock
 from cluster.config import Bootstrap, Decode, Model, Prefill, Router, Topology
 from cluster.messages import Role
+from cluster.model_files import resolve_model
 from router.server import RouterServer
-from router.text.model_text import ModelText
+from router.text.model_text import ModelText, load_model_text
 from tests.process.fake_worker import FakeWorker
 
 MODEL = "fake"
@@ -25,16 +26,25 @@ BOUND_SECONDS = 10.0
 class House:
     """`async with House(text, workers) as house`; then `house.url` serves."""
 
-    def __init__(self, text: ModelText, workers: list[FakeWorker], *, unified: bool = False, **router) -> None:
+    def __init__(
+        self,
+        text: ModelText,
+        workers: list[FakeWorker],
+        *,
+        unified: bool = False,
+        lease_seconds: float = 10.0,
+        **router,
+    ) -> None:
         self.workers = {worker.name: worker for worker in workers}
         self._text = text
         self._unified = unified
+        self._lease_seconds = lease_seconds
         self._router = router
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> House:
         self.session = await self._stack.enter_async_context(aiohttp.ClientSession())
-        bootstrap = Bootstrap(port=0, heartbeat_seconds=0.1, lease_seconds=0.5)
+        bootstrap = Bootstrap(port=0, heartbeat_seconds=0.1, lease_seconds=self._lease_seconds)
         runner = web.AppRunner(BootstrapServer(bootstrap, MonotonicClock()).application(), shutdown_timeout=0.1)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
@@ -77,7 +87,7 @@ class House:
     async def until(self, condition: Callable[[], bool]) -> None:
         """Waits until `condition` holds; fails after a bound."""
         async with Bound():
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - conditions are of many kinds
                 await asyncio.sleep(0.005)
 
     async def until_idle(self) -> None:
@@ -104,13 +114,18 @@ class House:
         assert status == 200, answer
         return answer
 
-    async def events(self, path: str = "/v1/completions", **body) -> list[str]:
-        """The data of a stream's events, the last one included."""
-        body = {"model": MODEL, "stream": True, **({"prompt": "hello"} if path.endswith("/completions") else {}), **body}
+    async def events(
+        self, path: str = "/v1/completions", *, once_begun: Callable[[], None] = lambda: None, **body
+    ) -> list[str]:
+        """The data of a stream's events, the last one included. `once_begun` is called after the first."""
+        default = {} if "messages" in body else {"prompt": "hello"}
+        body = {"model": MODEL, "stream": True, **default, **body}
         async with self.session.post(self.url + path, json=body) as response:
             assert response.status == 200, await response.text()
             assert response.content_type == "text/event-stream"
-            text = (await response.read()).decode()
+            text = (await response.content.readline()).decode()
+            once_begun()
+            text += (await response.read()).decode()
         assert text.endswith("\n\n")
         return [event.removeprefix("data: ") for event in text.removesuffix("\n\n").split("\n\n")]
 
@@ -134,3 +149,8 @@ class Bound:
 def pair(prefill=None, decode=None) -> list[FakeWorker]:
     """One prefill and one decode worker with these behaviours."""
     return [FakeWorker("prefill-0", Role.PREFILL, 11, prefill), FakeWorker("decode-0", Role.DECODE, 21, decode)]
+
+
+def demo_text() -> ModelText:
+    """The demo model's tokenizer and template; a second to load, so once per module."""
+    return load_model_text(resolve_model("smollm2-135m-instruct"))

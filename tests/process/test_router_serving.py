@@ -1,21 +1,20 @@
 """What a client of the router sees when all is well: its answers, streamed or not, through fake workers."""
 
+import asyncio
 import json
 
 import pytest
 
 from cluster.messages import PrefillAttempt, Role
-from cluster.model_files import resolve_model
-from router.text.model_text import load_model_text
 from tests.process.fake_worker import Behaviour, FakeWorker
-from tests.process.router_house import MODEL, House, pair
+from tests.process.router_house import MODEL, House, demo_text, pair
 
 END_OF_TURN = 2
 
 
 @pytest.fixture(scope="module")
 def text():
-    return load_model_text(resolve_model("smollm2-135m-instruct"))
+    return demo_text()
 
 
 @pytest.fixture
@@ -141,7 +140,7 @@ async def test_a_stop_string_is_cut_and_cancels_what_is_under_way(text):
         got = await house.complete(stop=["three f", "nowhere"])
         assert (got["choices"][0]["text"], got["choices"][0]["finish_reason"]) == ("one two ", "stop")
         await house.until(lambda: len(house.workers["decode-0"].cancelled) == 1)
-        *events, done = await house.events(stop="three f")
+        *events, _ = await house.events(stop="three f")
         assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == "one two "
         await house.until_idle()
 
@@ -169,8 +168,6 @@ async def test_logprobs_of_completions_are_parallel_lists(text):
 
 
 async def test_tokens_may_arrive_out_of_order_and_twice(text):
-    import asyncio
-
     gate = asyncio.Event()
     late = Behaviour(gate=gate, repeats=True)
     async with House(text, pair(late, Behaviour(repeats=True))) as house:

@@ -1,0 +1,247 @@
+"""What a client of the router sees when something breaks: one clear end, at once, and nothing left behind."""
+
+import asyncio
+import json
+
+import aiohttp
+import pytest
+
+from cluster.errors import ErrorInfo
+from cluster.layout import KVLayout
+from cluster.messages import Load, Role
+from tests.process.fake_worker import LAYOUT, Behaviour, FakeWorker
+from tests.process.router_house import MODEL, House, demo_text, pair
+
+BODY = {"model": MODEL, "prompt": "hello", "max_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def text():
+    return demo_text()
+
+
+def prefill(number: int = 0, behaviour: Behaviour | None = None, **member) -> FakeWorker:
+    return FakeWorker(f"prefill-{number}", Role.PREFILL, 10 + number, behaviour, **member)
+
+
+def decode(number: int = 0, behaviour: Behaviour | None = None, **member) -> FakeWorker:
+    return FakeWorker(f"decode-{number}", Role.DECODE, 20 + number, behaviour, **member)
+
+
+# --- no worker -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("workers", "missing"),
+    [
+        ([], "no prefill worker is live"),
+        ([decode()], "no prefill worker is live"),
+        ([prefill()], "no decode worker is live"),
+        (
+            [prefill(), decode(layout=KVLayout("fake", "float32", 32, 1, 1, 8))],
+            "no live prefill worker can hand over to a live decode worker",
+        ),
+        ([prefill(), decode(transfer="mooncake")], "no live prefill worker can hand over to a live decode worker"),
+    ],
+)
+async def test_without_a_pair_the_answer_is_503_and_says_what_is_missing(text, workers, missing):
+    async with House(text, workers) as house:
+        for path in ("/health", "/v1/completions"):
+            method = "GET" if path == "/health" else "POST"
+            async with house.session.request(method, house.url + path, json=BODY) as response:
+                error = (await response.json())["error"]
+                assert (response.status, response.headers["Retry-After"]) == (503, "1")
+                assert (error["type"], error["code"]) == ("server_error", "NoWorker")
+                assert missing in error["message"]
+
+
+async def test_health_comes_with_the_second_leg(text):
+    async with House(text, [prefill()]) as house:
+        assert (await house.get("/health"))[0] == 503
+        await house.add(decode())
+        await house.until(lambda: "decode-0" in house.live())
+        assert (await house.get("/health"))[0] == 200
+
+
+async def test_a_silent_or_unready_or_leaving_worker_gets_no_new_work(text):
+    workers = [prefill(), decode(0), decode(1), decode(2), decode(3)]
+    async with House(text, workers, lease_seconds=0.5) as house:
+        house.workers["decode-1"].heartbeats = False
+        house.workers["decode-2"].load = Load(ready=False)
+        await house.workers["decode-3"].leave()
+        await house.until(lambda: house.live() == {"prefill-0", "decode-0"})
+        await house.complete(n=4, max_tokens=4)
+        assert [len(house.workers[f"decode-{number}"].attempts) for number in range(4)] == [4, 0, 0, 0]
+
+
+async def test_a_worker_that_refuses_is_tried_again(text):
+    refusing = decode()
+    refusing.refuses = ErrorInfo("Draining", "not yet")
+    async with House(text, [prefill()]) as house:
+        await house.add(refusing)
+        refusing.refuses = None
+        await house.until(lambda: "decode-0" in house.live())
+
+
+async def test_bootstraps_death_disturbs_nobody(text):
+    async with House(text, pair()) as house:
+        await house.stop_bootstrap()
+        answer = await house.complete(max_tokens=4)
+        assert answer["usage"]["completion_tokens"] == 4
+
+
+async def test_a_pool_that_is_too_small_is_said_with_numbers(text):
+    async with House(text, [prefill(pool_pages=4), decode(pool_pages=4)]) as house:
+        status, answer = await house.post("/v1/completions", prompt=[5] * 40, max_tokens=30)
+        assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "PromptTooLong", "max_tokens")
+        assert "40 tokens" in answer["error"]["message"] and "64" in answer["error"]["message"]
+        answer = await house.complete(prompt=[5] * 40)
+        assert answer["usage"]["completion_tokens"] == 24, "without a limit of its own it gets what is left"
+
+
+# --- failures under way ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_before_the_first_token_a_failure_is_an_http_error(text, role):
+    broken = Behaviour(fails_at=0 if role == "prefill" else 1)
+    gate = Behaviour(silent_from=0)
+    workers = pair(broken, None) if role == "prefill" else pair(gate, broken)
+    async with House(text, workers) as house:
+        async with house.session.post(f"{house.url}/v1/completions", json={**BODY, "stream": True}) as response:
+            assert response.status == 503 and response.headers["Retry-After"] == "1"
+            error = (await response.json())["error"]
+        assert (error["code"], error["message"]) == ("TransferFailed", "a page arrived damaged")
+        await house.until_idle()
+        other = house.workers["decode-0" if role == "prefill" else "prefill-0"]
+        assert len(other.cancelled) == 1, "the first failure decides the pair"
+
+
+async def test_after_the_first_token_a_failure_is_the_streams_last_event(text):
+    gate = asyncio.Event()
+    async with House(text, pair(None, Behaviour(gate=gate, fails_at=3, blame=Role.PREFILL))) as house:
+        *events, last = await house.events(once_begun=gate.set, max_tokens=8)
+        assert [json.loads(event)["choices"][0]["finish_reason"] for event in events] == [None] * len(events)
+        assert json.loads(last)["error"]["code"] == "TransferFailed"
+        await house.until_idle()
+        name = json.loads(events[0])["id"]
+        _, record = await house.get(f"/v1/requests/{name}")
+        assert (record["finish_reason"], record["error"], record["blame"]) == ("error", "TransferFailed", "prefill")
+        assert record["output_tokens"] == 3
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_decode_workers_death_ends_the_stream_at_once(text, path):
+    body = {"messages": [{"role": "user", "content": "hello"}]} if "chat" in path else {}
+    gate = asyncio.Event()
+    async with House(text, pair(None, Behaviour(gate=gate, dies_at=2))) as house:
+        *_, last = await house.events(path, once_begun=gate.set, max_tokens=8, **body)
+        error = json.loads(last)["error"]
+        assert error["code"] == "WorkerLost" and "decode-0" in error["message"]
+        await house.until_idle()
+
+
+async def test_a_prefill_workers_death_before_its_token_fails_and_after_the_handoff_does_not(text):
+    async with House(text, pair(Behaviour(dies_at=0), None)) as house:
+        status, answer = await house.post("/v1/completions", **BODY)
+        assert (status, answer["error"]["code"]) == (503, "WorkerLost")
+        await house.until_idle()
+    gate = asyncio.Event()
+    async with House(text, pair(None, Behaviour(gate=gate))) as house:
+        asking = asyncio.create_task(house.events(max_tokens=4))
+        await house.until(lambda: bool(house.workers["prefill-0"].attempts) and not house.workers["prefill-0"].running)
+        await house.workers["prefill-0"].close()
+        await house.until(lambda: "prefill-0" not in house.live())
+        gate.set()
+        assert (await asking)[-1] == "[DONE]"
+        await house.until_idle()
+
+
+async def test_one_failed_choice_ends_the_request_and_cancels_the_others(text):
+    workers = [prefill(), decode(0, Behaviour(silent_from=2)), decode(1, Behaviour(fails_at=2))]
+    async with House(text, workers) as house:
+        status, _ = await house.post("/v1/completions", **BODY, n=2)
+        assert status == 503
+        await house.until_idle()
+        assert len(workers[1].cancelled) == 1
+
+
+async def test_a_deadline_ends_what_hangs(text):
+    async with House(text, pair(None, Behaviour(silent_from=2)), request_timeout_seconds=0.2) as house:
+        *_, last = await house.events(max_tokens=8)
+        error = json.loads(last)["error"]
+        assert error["code"] == "DeadlineExceeded" and "0.2 s" in error["message"]
+        await house.until_idle()
+        assert len(house.workers["decode-0"].cancelled) == 1
+
+
+async def test_a_worker_of_a_new_epoch_takes_over_its_name(text):
+    async with House(text, pair()) as house:
+        await house.workers["decode-0"].close()
+        await house.add(FakeWorker("decode-0", Role.DECODE, 99))
+        await house.until(lambda: [status.epoch for status in house.server.fleet.statuses()] == [99, 11])
+        await house.until(lambda: len(house.live()) == 2)
+        await house.complete(max_tokens=4)
+        assert house.workers["decode-0"].attempts[0].fence.decode_epoch == 99
+
+
+# --- clients ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_disconnect_cancels_both_legs(text, stream):
+    silent = Behaviour(silent_from=0)
+    async with House(text, pair(silent, Behaviour(silent_from=1))) as house:
+        asking = asyncio.create_task(house.post("/v1/completions", **BODY, stream=stream))
+        await house.until(lambda: all(worker.attempts for worker in house.workers.values()))
+        asking.cancel()
+        await house.until(lambda: all(len(worker.cancelled) == 1 for worker in house.workers.values()))
+        await house.until_idle()
+
+
+async def test_a_disconnect_in_the_middle_of_a_stream_cancels_decode(text):
+    async with House(text, pair(None, Behaviour(silent_from=4))) as house:
+        body = {**BODY, "stream": True}
+        async with house.session.post(f"{house.url}/v1/completions", json=body) as response:
+            await response.content.readline()
+        await house.until(lambda: len(house.workers["decode-0"].cancelled) == 1)
+        await house.until_idle()
+
+
+async def test_a_slow_reader_stalls_nobody_and_still_gets_all(text):
+    long = Behaviour(answer=[1000 + number % 500 for number in range(6000)])
+    async with House(text, pair(long, long)) as house:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(house.url.rsplit(":", 1)[1]), limit=4096)
+        body = json.dumps({**BODY, "max_tokens": 6000, "stream": True, "logprobs": 5}).encode()
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        )
+        writer.write(head.encode() + b"\r\n\r\n" + body)
+        await house.until(lambda: len(house.workers["decode-0"].attempts) == 1)
+        await house.until(lambda: not house.workers["decode-0"].running)
+        answer = await house.complete(max_tokens=16)
+        assert answer["usage"]["completion_tokens"] == 16
+        received = b""
+        while b"[DONE]" not in received[-64:]:
+            received += await reader.read(65536)
+        assert received.count(b'"finish_reason":"length"') == 1
+        writer.close()
+
+
+async def test_stopping_lets_a_stream_finish_and_takes_nothing_new(text):
+    gate = asyncio.Event()
+    async with House(text, pair(None, Behaviour(gate=gate))) as house:
+        asking = asyncio.create_task(house.events(max_tokens=4))
+        await house.until(lambda: bool(house.workers["decode-0"].attempts))
+        stopping = asyncio.create_task(house.server.stop())
+        await asyncio.sleep(0)
+        with pytest.raises(aiohttp.ClientConnectionError):
+            async with aiohttp.ClientSession() as other:
+                await other.get(f"{house.url}/health")
+        gate.set()
+        assert (await asking)[-1] == "[DONE]"
+        await stopping
+
+
+def test_layouts_of_these_tests_differ():
+    assert KVLayout("fake", "float32", 32, 1, 1, 8).fingerprint != LAYOUT.fingerprint
