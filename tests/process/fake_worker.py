@@ -84,7 +84,7 @@ class FakeWorker:
     async def start(self, session, bootstrap_url: str) -> None:
         app = web.Application()
         app.router.add_get("/router", self._serve)
-        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.01)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
@@ -99,6 +99,8 @@ class FakeWorker:
         self._tasks[0].cancel()
 
     async def close(self) -> None:
+        for link in list(self._links):
+            await link.close()
         tasks = [*self._tasks, *self.running.values()]
         for task in tasks:
             task.cancel()

@@ -45,7 +45,7 @@ class House:
     async def __aenter__(self) -> House:
         self.session = await self._stack.enter_async_context(aiohttp.ClientSession())
         bootstrap = Bootstrap(port=0, heartbeat_seconds=0.1, lease_seconds=self._lease_seconds)
-        runner = web.AppRunner(BootstrapServer(bootstrap, MonotonicClock()).application(), shutdown_timeout=0.1)
+        runner = web.AppRunner(BootstrapServer(bootstrap, MonotonicClock()).application(), shutdown_timeout=0.01)
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -13,7 +13,7 @@ TOPOLOGY_OF = {
     "1p1d-mooncake": ("demo.yaml", "kv.transfer=mooncake"),
     "2p2d-nixl": ("2p2d.yaml",),
     "2p2d-mooncake": ("2p2d.yaml", "kv.transfer=mooncake"),
-    "unified": ("unified.yaml",),
+    "unified": ("unified.yaml", "decode.cpus=[[1]]"),  # the clients need a core too
 }
 CONCURRENT = 8
 LOGPROB_TOLERANCE = 1e-3

@@ -13,12 +13,12 @@ from tests.process.reference.prose import prose
 PAGE = 16
 CHUNK = 512
 LENGTHS = (
-    *(1, 2, 3, 5, 9),
+    *(1, 2, 3, 5, 7, 9, 12),
     *(PAGE - 1, PAGE, PAGE + 1),
-    *(2 * PAGE - 1, 2 * PAGE, 2 * PAGE + 1),
-    *(50, 4 * PAGE - 1, 4 * PAGE, 4 * PAGE + 1, 100, 128, 200, 256, 300),
-    *(CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + PAGE - 1, CHUNK + PAGE + 1, 700),
-    *(2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1, 1537, 2000),
+    *(20, 2 * PAGE - 1, 2 * PAGE, 2 * PAGE + 1, 40),
+    *(50, 4 * PAGE - 1, 4 * PAGE, 4 * PAGE + 1, 80, 100, 128, 150, 200, 256, 300),
+    *(CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + PAGE + 1),
+    *(2 * CHUNK + 1, 2000),
 )
 """Of raw prompts: all around the boundaries of pages and of prefill chunks."""
 PREFIX = 20 * PAGE + 3
