@@ -7,6 +7,7 @@ workers: the snapshot holds live ones only. To add a policy: a class with `place
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -86,9 +87,9 @@ class RoundRobin:
         groups = compatible_groups(snapshot, need)
         group = groups[turn % len(groups)]
         turn //= len(groups)
-        # The prefill side turns faster: with equal pools, all pairs take part and not only those of equal number.
-        decode_turn = turn + turn // len(group.prefill) if group.prefill else turn
-        return Placement(_nth(group.prefill, turn), _nth(group.decode, decode_turn))
+        # After each common round one side moves on by one: so all pairs take part, not only those of equal number.
+        rounds = turn // math.lcm(max(1, len(group.prefill)), max(1, len(group.decode)))
+        return Placement(_nth(group.prefill, turn), _nth(group.decode, turn + rounds))
 
 
 POLICIES: Mapping[PolicyName, Policy] = MappingProxyType(
