@@ -1,0 +1,271 @@
+"""The life of one choice: every state with every event, the races of two legs, and random orders of all of them."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import IllegalTransition, ProtocolError, TransferFailed, WorkerLost
+from cluster.messages import (
+    DecodeAttempt,
+    DecodeTimings,
+    Emitted,
+    Fence,
+    FinishReason,
+    HandoffTimings,
+    PrefillAttempt,
+    PrefillTimings,
+    Role,
+    Sampling,
+)
+from router.request_state import (
+    Cancel,
+    ClientGone,
+    DeadlinePassed,
+    Deliver,
+    Dispatch,
+    Fail,
+    Finish,
+    Forget,
+    LegFailed,
+    LegFinished,
+    LegLost,
+    LegStarted,
+    Placed,
+    Release,
+    RequestMachine,
+    RequestState,
+    StopMatched,
+    TokensArrived,
+    WorkerKey,
+)
+
+P, D = WorkerKey("prefill-0", 11), WorkerKey("decode-0", 22)
+FENCE = Fence("r-0", 1, 11, 22)
+PREFILL = PrefillTimings(0.1, 0.2, 5, 0, 1)
+HANDOFF = HandoffTimings(0.1, 0.2, 0.3, 1, 1024)
+DECODE = DecodeTimings(0.1, 0.2, 3, 3)
+
+
+def token(offset: int) -> TokensArrived:
+    return TokensArrived([Emitted(FENCE, offset, 100 + offset)])
+
+
+STARTED = LegStarted(Role.PREFILL)
+DECODE_STARTED = LegStarted(Role.DECODE)
+HANDED_OFF = LegFinished(Role.PREFILL, FinishReason.HANDED_OFF, PREFILL, HANDOFF)
+DECODED = LegFinished(Role.DECODE, FinishReason.LENGTH, decode=DECODE)
+PREFILL_FAILED = LegFailed(Role.PREFILL, Role.DECODE, TransferFailed("refused"))
+DECODE_FAILED = LegFailed(Role.DECODE, Role.PREFILL, TransferFailed("damaged"))
+PREFILL_LOST = LegLost(Role.PREFILL, WorkerLost("gone"))
+DECODE_LOST = LegLost(Role.DECODE, WorkerLost("gone"))
+GONE, DEADLINE = ClientGone("bye"), DeadlinePassed(60)
+PLACED = Placed(P, D)
+
+PATHS = {
+    RequestState.UNPLACED: [],
+    RequestState.PLACED: [PLACED],
+    RequestState.PREFILLING: [PLACED, STARTED],
+    RequestState.STREAMING: [PLACED, STARTED, token(0)],
+    RequestState.FINISHED: [PLACED, STARTED, token(0), token(1), DECODED],
+    RequestState.FAILED: [PLACED, STARTED, DECODE_FAILED],
+    RequestState.CANCELLED: [PLACED, GONE],
+}
+EVENTS = [PLACED, STARTED, token(0), HANDED_OFF, PREFILL_FAILED, PREFILL_LOST, StopMatched(), GONE, DEADLINE]
+ACTIVE = (RequestState.PLACED, RequestState.PREFILLING, RequestState.STREAMING)
+
+
+def machine_after(events, sampling: Sampling | None = None) -> tuple[RequestMachine, list]:
+    machine = RequestMachine("r-0", [1, 2, 3], sampling or Sampling(max_tokens=8, seed=1))
+    actions = []
+    for number, event in enumerate(events):
+        actions += machine.handle(event, float(number))
+    return machine, actions
+
+
+def kinds(actions) -> list[str]:
+    return [type(action).__name__ for action in actions]
+
+
+# --- every state with every event ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("state", PATHS, ids=lambda state: state.name)
+def test_each_event_in_each_state_is_in_the_table_or_refused(state, event):
+    machine, _ = machine_after(PATHS[state])
+    assert machine.state is state
+    first = state is RequestState.UNPLACED
+    legal = isinstance(event, Placed | ClientGone | DeadlinePassed) if first else not isinstance(event, Placed)
+    assert machine.accepts(type(event)) is legal
+    if legal:
+        machine.handle(event, 9.0)
+    else:
+        with pytest.raises(IllegalTransition, match="r-0"):
+            machine.handle(event, 9.0)
+        assert machine.state is state
+
+
+EXPECTED = {
+    (RequestState.UNPLACED, "Placed"): RequestState.PLACED,
+    (RequestState.UNPLACED, "ClientGone"): RequestState.CANCELLED,
+    (RequestState.UNPLACED, "DeadlinePassed"): RequestState.FAILED,
+    (RequestState.PLACED, "LegStarted"): RequestState.PREFILLING,
+    **{(state, "TokensArrived"): RequestState.STREAMING for state in ACTIVE},
+    **{(state, "LegFailed"): RequestState.FAILED for state in ACTIVE},
+    **{(state, "LegLost"): RequestState.FAILED for state in ACTIVE},
+    **{(state, "StopMatched"): RequestState.FINISHED for state in ACTIVE},
+    **{(state, "ClientGone"): RequestState.CANCELLED for state in ACTIVE},
+    **{(state, "DeadlinePassed"): RequestState.FAILED for state in ACTIVE},
+}
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("state", PATHS, ids=lambda state: state.name)
+def test_where_each_event_leads(state, event):
+    machine, _ = machine_after(PATHS[state])
+    if machine.accepts(type(event)):
+        machine.handle(event, 9.0)
+        assert machine.state is EXPECTED.get((state, type(event).__name__), state)
+
+
+# --- the ordinary life -----------------------------------------------------------------------------------------------
+
+
+def test_both_legs_get_the_same_fence_and_each_others_name():
+    machine, (to_decode, to_prefill) = machine_after([PLACED])
+    sampling = Sampling(max_tokens=8, seed=1)
+    assert to_decode == Dispatch(Role.DECODE, D, DecodeAttempt(FENCE, [1, 2, 3], sampling, "prefill-0"))
+    assert to_prefill == Dispatch(Role.PREFILL, P, PrefillAttempt(FENCE, [1, 2, 3], sampling, "decode-0"))
+    assert machine.fence == FENCE
+
+
+def test_one_leg_alone_has_no_epoch_of_the_other():
+    _, (only,) = machine_after([Placed(P, None)])
+    assert (only.attempt.decode, only.attempt.fence) == (None, Fence("r-0", 1, 11, 0))
+    _, (only,) = machine_after([Placed(None, D)])
+    assert (only.attempt.prefill, only.attempt.fence) == (None, Fence("r-0", 1, 0, 22))
+
+
+def test_a_request_ends_with_its_last_token_and_waits_for_timings_only():
+    machine, actions = machine_after([PLACED, STARTED, token(0), DECODE_STARTED, token(1), DECODED])
+    assert kinds(actions[2:]) == ["Deliver", "Deliver", "Release", "Finish"]
+    assert machine.state is RequestState.FINISHED
+    assert kinds(machine.handle(HANDED_OFF, 9.0)) == ["Release", "Forget"]
+    assert (machine.prefill_timings, machine.handoff_timings, machine.decode_timings) == (PREFILL, HANDOFF, DECODE)
+
+
+def test_decodes_tokens_wait_for_the_first_one():
+    machine, actions = machine_after([PLACED, STARTED, token(1), token(2), DECODED])
+    assert "Deliver" not in kinds(actions) and not machine.ended
+    deliver, finish = machine.handle(token(0), 9.0)[:2]
+    assert [emitted.offset for emitted in deliver.tokens] == [0, 1, 2]
+    assert finish == Finish(FinishReason.LENGTH)
+
+
+def test_a_first_token_that_is_the_last_cancels_decode():
+    machine, actions = machine_after([PLACED, STARTED, token(0), LegFinished(Role.PREFILL, FinishReason.STOP, PREFILL)])
+    assert kinds(actions[3:]) == ["Release", "Finish", "Cancel", "Release", "Forget"]
+    assert actions[5].worker == D
+    assert machine.state is RequestState.FINISHED
+
+
+def test_a_stop_string_cancels_decode_but_lets_a_finished_handoff_tell_its_timings():
+    machine, _ = machine_after([PLACED, STARTED, token(0), token(1)])
+    actions = machine.handle(StopMatched(), 9.0)
+    assert kinds(actions) == ["Finish", "Cancel", "Release"]
+    assert kinds(machine.handle(HANDED_OFF, 9.0)) == ["Release", "Forget"]
+    machine, _ = machine_after([PLACED, STARTED, token(0)])
+    assert kinds(machine.handle(StopMatched(), 9.0)) == ["Finish", "Cancel", "Release", "Cancel", "Release", "Forget"]
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_failure_decides_and_blames_whom_the_leg_blames():
+    machine, _ = machine_after([PLACED, STARTED, token(0)])
+    release, fail, cancel, *_ = machine.handle(DECODE_FAILED, 9.0)
+    assert fail == Fail(DECODE_FAILED.error, Role.PREFILL)
+    assert (release.worker, cancel.worker) == (D, P)
+    assert machine.handle(PREFILL_FAILED, 9.1) == [], "the second failure is no news"
+
+
+def test_prefills_death_after_the_takeover_harms_nobody():
+    for taken_over in (DECODE_STARTED, token(1)):
+        machine, _ = machine_after([PLACED, STARTED, token(0), taken_over, PREFILL_LOST])
+        assert machine.state is RequestState.STREAMING
+    machine, _ = machine_after([PLACED, STARTED, DECODE_STARTED, PREFILL_LOST])
+    assert machine.state is RequestState.FAILED, "the first token died with it"
+
+
+def test_a_leg_that_is_cancelled_unasked_is_an_error_and_so_are_legs_that_end_without_the_tokens():
+    _, actions = machine_after([PLACED, LegFinished(Role.DECODE, FinishReason.CANCELLED)])
+    assert isinstance(actions[3].error, ProtocolError)
+    machine, actions = machine_after([PLACED, STARTED, HANDED_OFF, DECODED])
+    assert machine.state is RequestState.FAILED
+    assert any(isinstance(action, Fail) and "token 0 never came" in action.error.message for action in actions)
+
+
+def test_a_deadline_also_ends_the_wait_for_timings():
+    machine, _ = machine_after([PLACED, STARTED, token(0), DECODE_STARTED, DECODED])
+    assert kinds(machine.handle(DEADLINE, 60.0)) == ["Cancel", "Release", "Forget"]
+    assert machine.handle(DEADLINE, 61.0) == []
+
+
+# --- any order -------------------------------------------------------------------------------------------------------
+
+RACES = st.lists(
+    st.one_of(
+        st.builds(token, st.integers(0, 5)),
+        st.sampled_from(
+            [
+                STARTED,
+                DECODE_STARTED,
+                HANDED_OFF,
+                DECODED,
+                PREFILL_FAILED,
+                DECODE_FAILED,
+                PREFILL_LOST,
+                DECODE_LOST,
+                StopMatched(),
+                GONE,
+                DEADLINE,
+            ]
+        ),
+    ),
+    max_size=24,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(RACES, st.sampled_from([PLACED, Placed(P, None), Placed(None, D)]))
+def test_in_any_order_a_request_ends_once_and_tokens_come_in_order(events, placed):
+    machine, actions = machine_after([placed, *events])
+    actions += machine.handle(DEADLINE, 98.0)
+    actions += machine.handle(DEADLINE, 99.0)
+    ends = [action for action in actions if isinstance(action, Finish | Fail)]
+    assert len(ends) == (machine.state is not RequestState.CANCELLED)
+    offsets = [emitted.offset for action in actions if isinstance(action, Deliver) for emitted in action.tokens]
+    assert offsets == list(range(len(offsets)))
+    dispatched = [(action.role, action.worker) for action in actions if isinstance(action, Dispatch)]
+    released = [(action.role, action.worker) for action in actions if isinstance(action, Release)]
+    assert sorted(released) == sorted(dispatched), "each leg gives back what it took, once"
+    assert kinds(actions).count("Forget") == 1 and isinstance(actions[-1], Forget)
+    after_end = actions[actions.index(ends[0]) :] if ends else []
+    assert not any(isinstance(action, Deliver) for action in after_end)
+    cancelled = [action.role for action in actions if isinstance(action, Cancel)]
+    assert len(cancelled) == len(set(cancelled))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_two_links_may_interleave_in_any_way(data):
+    """Within a link the order holds; between the links anything goes: the client gets all tokens and one end."""
+    links = [[STARTED, token(0), HANDED_OFF], [DECODE_STARTED, token(1), token(2), token(3), DECODED]]
+    order = []
+    while any(links):
+        link = data.draw(st.sampled_from([link for link in links if link]))
+        order.append(link.pop(0))
+    machine, actions = machine_after([PLACED, *order])
+    assert machine.state is RequestState.FINISHED and machine.delivered == 4
+    assert kinds(actions)[-1] == "Forget"
+    assert not any(isinstance(action, Cancel) for action in actions)
