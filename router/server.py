@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 
@@ -83,9 +84,8 @@ class RouterServer:
         try:
             await web.TCPSite(self._runner, host, port, backlog=1024).start()
         except OSError as error:
-            raise ConfigError(
-                f"can't listen on {host}:{port}: {error.strerror or error}; set router.port to a free one"
-            ) from error
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise ConfigError(f"can't listen on {host}:{port}: {reason}; set router.port to a free one") from error
         url = f"http://{host}:{self._runner.addresses[0][1]}"
         log.info("listening", url=url, model=self._topology.served_model, router=self.router_id)
         return url
@@ -97,7 +97,6 @@ class RouterServer:
     async def stop(self) -> None:
         """No new requests; those under way get `GRACE_SECONDS`, then they are cancelled."""
         self._generation.draining = True
-        log.info("stopping", in_flight=self.dispatcher.in_flight)
         await self._runner.cleanup()
         await self.fleet.close()
 
@@ -110,5 +109,6 @@ async def serve(topology: Topology) -> None:
         try:
             await server.start()
             await run_until_stopped(asyncio.create_task(server.run()))
+            log.info("stopping", in_flight=server.dispatcher.in_flight)
         finally:
             await server.stop()

@@ -44,7 +44,9 @@ def error_middleware(metrics: RouterMetrics) -> Middleware:
         except BatonError as known:
             error, headers = known, {}
         metrics.errors.labels(error=type(error).__name__).inc()
-        log.info("refused", request=request[REQUEST_ID], path=request.path, status=error.status, error=str(error))
+        # Probes ask for /health several times a second: only what someone wanted to be done is worth a line.
+        tell = log.info if request.method == "POST" else log.debug
+        tell("refused", request=request[REQUEST_ID], path=request.path, status=error.status, error=str(error))
         response = error_response(error)
         response.headers.update(headers)
         return response
