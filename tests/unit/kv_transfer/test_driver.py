@@ -1,0 +1,167 @@
+"""The transfer thread's work, one turn at a time."""
+
+import pytest
+
+from cluster.clock import ManualClock
+from cluster.errors import ConfigError, PeerUnreachable, ProtocolError
+from kv_transfer.backends.base import PoolDescriptor, PoolMemory
+from kv_transfer.backends.memory import MemoryBackend, MemoryFabric
+from kv_transfer.digests import PageDigests
+from kv_transfer.driver import (
+    SETTLE_SECONDS,
+    ComputeDigests,
+    Connect,
+    DigestsComputed,
+    Disconnect,
+    ExpectWrites,
+    PostWrites,
+    Settle,
+    Settled,
+    TransferDriver,
+)
+from kv_transfer.plan import Batch
+from tests.unit.kv_transfer.world import LAYOUT, Pool, fence
+
+
+class Setup:
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.fabric = MemoryFabric()
+        self.ours, self.theirs = Pool(4), Pool(4)
+        self.backend = MemoryBackend(self.fabric, "ours", self.ours.memory)
+        self.peer = MemoryBackend(self.fabric, "theirs", self.theirs.memory)
+        self.driver = TransferDriver(self.backend, PageDigests(self.ours.memory), self.clock)
+        self.driver.take(Connect("peer", self.peer.descriptor))
+
+    def write(self, number: int = 0) -> PostWrites:
+        return PostWrites(fence(f"r{number}"), "peer", Batch(0, (1,), (2,)))
+
+
+@pytest.fixture
+def setup() -> Setup:
+    return Setup()
+
+
+def test_a_write_ends_with_its_times_and_the_digests_of_what_was_sent(setup):
+    setup.fabric.hold = True
+    setup.ours.fill(1, 7)
+    assert setup.driver.take(setup.write()) == []
+    assert setup.driver.turn() == []
+    assert setup.driver.busy
+    setup.clock.advance(2.0)
+    setup.fabric.release()
+    (ended,) = setup.driver.turn()
+    assert (ended.error, ended.started, ended.ended) == (None, 0.0, 2.0)
+    assert list(ended.digests) == PageDigests(setup.theirs.memory).of([2])
+    assert not setup.driver.busy
+
+
+def test_an_unknown_peer_or_a_bad_page_is_a_result_and_not_an_exception(setup):
+    (unknown,) = setup.driver.take(PostWrites(fence(), "stranger", Batch(0, (1,), (2,))))
+    assert isinstance(unknown.error, PeerUnreachable)
+    (bad,) = setup.driver.take(PostWrites(fence(), "peer", Batch(0, (1,), (99,))))
+    assert isinstance(bad.error, ProtocolError)
+
+
+def test_after_a_failed_write_the_peer_is_connected_again_once_the_others_have_ended(setup):
+    setup.fabric.hold = True
+    setup.driver.take(setup.write(0))
+    setup.driver.take(setup.write(1))
+    held = setup.fabric.held
+    setup.fabric.held = held[:1]
+    setup.fabric.fail_held()
+    (failed,) = setup.driver.turn()
+    assert isinstance(failed.error, PeerUnreachable)
+    (refused,) = setup.driver.take(setup.write(2))
+    assert isinstance(refused.error, PeerUnreachable), "the old connection is still being wound up"
+    setup.fabric.held = held[1:]
+    setup.fabric.release()
+    setup.driver.turn()
+    setup.fabric.hold = False
+    assert setup.driver.take(setup.write(3)) == []
+    (ended,) = setup.driver.turn()
+    assert ended.error is None
+
+
+def test_a_peer_that_was_away_at_first_is_reached_by_a_later_write(setup):
+    setup.peer.close()
+    setup.driver.take(Connect("late", setup.peer.descriptor))
+    write = PostWrites(fence(), "late", Batch(0, (1,), (2,)))
+    (failed,) = setup.driver.take(write)
+    assert isinstance(failed.error, PeerUnreachable)
+    setup.fabric.alive["theirs"] = setup.peer
+    assert setup.driver.take(write) == []
+
+
+def test_a_disconnect_waits_for_writes_under_way(setup):
+    setup.fabric.hold = True
+    setup.driver.take(setup.write())
+    setup.driver.take(Disconnect("peer"))
+    setup.fabric.release()
+    (ended,) = setup.driver.turn()
+    assert ended.error is None
+    with pytest.raises(PeerUnreachable):
+        setup.backend.write("peer", [1], [2])
+
+
+def test_a_reconnection_of_the_same_instance_keeps_writes_under_way(setup):
+    setup.fabric.hold = True
+    setup.driver.take(setup.write())
+    setup.driver.take(Disconnect("peer"))
+    setup.driver.take(Connect("peer", setup.peer.descriptor))
+    setup.fabric.release()
+    setup.driver.turn()
+    setup.fabric.hold = False
+    assert setup.driver.take(setup.write()) == []
+    assert setup.driver.turn()[0].error is None
+
+
+def test_the_backend_is_driven_exactly_while_a_peer_may_write(setup):
+    setup.driver.turn()
+    assert setup.backend.progressed == 0
+    setup.driver.take(ExpectWrites(fence()))
+    setup.driver.turn()
+    assert setup.backend.progressed == 1
+    assert setup.driver.take(ComputeDigests(fence(), (1,))) == [
+        DigestsComputed(fence(), tuple(PageDigests(setup.ours.memory).of([1])))
+    ]
+    assert not setup.driver.busy
+
+
+def test_settling_takes_both_time_and_turns(setup):
+    setup.driver.take(ExpectWrites(fence()))
+    setup.driver.take(Settle(fence()))
+    for _ in range(100):
+        assert setup.driver.turn() == []
+    setup.clock.advance(SETTLE_SECONDS)
+    assert setup.driver.turn() == [Settled(fence())]
+    assert not setup.driver.busy
+
+    setup.driver.take(Settle(fence("other")))
+    setup.clock.advance(10 * SETTLE_SECONDS)
+    assert setup.driver.turn() == []
+
+
+def test_without_a_digester_pages_are_not_read(setup):
+    driver = TransferDriver(setup.backend, None, setup.clock)
+    assert driver.take(ComputeDigests(fence(), (1, 2))) == [DigestsComputed(fence(), ())]
+
+
+def test_digests_tell_pages_apart_and_refuse_device_memory():
+    pool = Pool(3)
+    pool.fill(1, 1)
+    first, second, third = PageDigests(pool.memory).of([0, 1, 2])
+    assert first == third != second
+    with pytest.raises(ValueError):
+        PageDigests(pool.memory).of([3])
+    with pytest.raises(ConfigError, match="verify_digests"):
+        PageDigests(PoolMemory(0, 1, 16, "cuda"))
+
+
+def test_a_descriptor_of_another_backend_or_page_size_is_refused():
+    memory = Pool(2).memory
+    descriptor = PoolDescriptor("nixl", b"", memory.address, 2, LAYOUT.page_bytes, "cpu").encode()
+    with pytest.raises(ProtocolError, match="nixl"):
+        PoolDescriptor.decode(descriptor, backend="mooncake", page_bytes=LAYOUT.page_bytes)
+    with pytest.raises(ProtocolError, match="bytes"):
+        PoolDescriptor.decode(descriptor, backend="nixl", page_bytes=LAYOUT.page_bytes + 1)
