@@ -135,11 +135,12 @@ class RecordStore:
                 del self._aliases[kept.alias]
 
     def get(self, request: str) -> RequestRecord | None:
-        kept = self._requests.get(request) or self._requests.get(self._aliases.get(request, ""))
+        name = request if request in self._requests else self._aliases.get(request, "")
+        kept = self._requests.get(name)
         if kept is None:
             return None
         choices = [trace.record() for trace in kept.traces]
-        return RequestRecord(**msgspec.structs.asdict(choices[0]), choices=choices)
+        return RequestRecord(**(msgspec.structs.asdict(choices[0]) | {"id": name}), choices=choices)
 
 
 class _Kept(NamedTuple):

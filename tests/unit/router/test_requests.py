@@ -69,10 +69,10 @@ def test_the_store_keeps_the_latest_and_knows_both_names():
     for number in range(3):
         store.add(f"cmpl-{number}", "mine" if number else "first", [trace(f"cmpl-{number}-0")])
     assert store.get("cmpl-0") is None and store.get("first") is None
-    assert store.get("mine").id == "cmpl-2-0"
+    assert store.get("mine").id == "cmpl-2"
     assert store.get("cmpl-1").choices[0].id == "cmpl-1-0"
     store.add("cmpl-3", "other", [trace("cmpl-3-0")])
-    assert store.get("mine").id == "cmpl-2-0", "the alias went on to a newer request, and stays with it"
+    assert store.get("mine").id == "cmpl-2", "the alias went on to a newer request, and stays with it"
 
 
 # --- the document ----------------------------------------------------------------------------------------------------
