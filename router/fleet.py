@@ -9,7 +9,7 @@ import aiohttp
 
 from bootstrap.client import RosterWatcher
 from cluster.clock import Clock
-from cluster.errors import AvailabilityError, ProtocolError, StaleFence, UnknownMessage, from_info
+from cluster.errors import BatonError, ProtocolError, StaleFence, UnknownMessage, from_info
 from cluster.links import Backoff, Link, LinkClosed, dial
 from cluster.logging import get_logger
 from cluster.messages import AnyMessage, Fence, Heartbeat, Member, Message, Refused, Role, RouterHello, WorkerHello
@@ -61,13 +61,22 @@ class Fleet:
         self._keepers: dict[WorkerKey, asyncio.Task[None]] = {}
         self._events: WorkerEvents | None = None
         self._turn = 0
+        self._defect: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def listen(self, events: WorkerEvents) -> None:
         """Names the one who hears from the workers; once, before `run`."""
         self._events = events
 
     async def run(self) -> None:
-        await self._roster.run()
+        """Runs until cancelled. Raises what a link's task died of: that can only be a defect."""
+        roster = asyncio.create_task(self._roster.run())
+        try:
+            done, _ = await asyncio.wait({roster, self._defect}, return_when=asyncio.FIRST_COMPLETED)
+            for ended in done:
+                ended.result()
+        finally:
+            roster.cancel()
+            await asyncio.gather(roster, return_exceptions=True)
 
     async def close(self) -> None:
         for task in self._keepers.values():
@@ -127,7 +136,14 @@ class Fleet:
         for member in joined:
             key = self._view.joined(member)
             if key not in self._keepers:
-                self._keepers[key] = asyncio.create_task(self._keep(key, member), name=f"worker {member.worker}")
+                keeper = asyncio.create_task(self._keep(key, member), name=f"worker {member.worker}")
+                keeper.add_done_callback(self._keeper_ended)
+                self._keepers[key] = keeper
+
+    def _keeper_ended(self, keeper: asyncio.Task[None]) -> None:
+        defect = None if keeper.cancelled() else keeper.exception()
+        if defect is not None and not self._defect.done():
+            self._defect.set_exception(defect)
 
     async def _keep(self, key: WorkerKey, member: Member) -> None:
         """Connects again and again, until the worker has left and its link is down."""
@@ -137,7 +153,7 @@ class Fleet:
                 await self._connect(key, member, backoff)
             except LinkClosed as closed:
                 log.debug("worker is away", worker=member.worker, epoch=member.epoch, reason=str(closed))
-            except (ProtocolError, AvailabilityError) as error:
+            except BatonError as error:
                 log.warning("worker refused", worker=member.worker, epoch=member.epoch, error=str(error))
             if not self._view.is_leaving(key):
                 await asyncio.sleep(backoff.next())

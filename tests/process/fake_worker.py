@@ -25,6 +25,7 @@ from cluster.messages import (
     Load,
     Logprobs,
     Member,
+    Message,
     ModelCard,
     PrefillAttempt,
     PrefillTimings,
@@ -92,6 +93,11 @@ class FakeWorker:
         self._registration = Registration(session, bootstrap_url, self.member, lambda: self.load)
         self._tasks.append(asyncio.create_task(self._registration.run()))
         self._tasks.append(asyncio.create_task(self._beat()))
+
+    def tell(self, message: Message) -> None:
+        """Says something that nobody asked for, to each router."""
+        for link in self._links:
+            link.post(message)
 
     async def leave(self) -> None:
         """Says goodbye to bootstrap, and goes on with what it has."""

@@ -61,8 +61,8 @@ class House:
         self._bootstrap_url = topology.bootstrap_url
         self.server = RouterServer(topology, self._text, self.session)
         self.url = await self.server.start()
-        running = asyncio.create_task(self.server.run())
-        self._stack.push_async_callback(self._stop, running)
+        self.running = asyncio.create_task(self.server.run())
+        self._stack.push_async_callback(self._stop)
         for worker in list(self.workers.values()):
             await self.add(worker)
         await self.until(lambda: self.live() == set(self.workers))
@@ -76,9 +76,9 @@ class House:
         await worker.start(self.session, self._bootstrap_url)
         self._stack.push_async_callback(worker.close)
 
-    async def _stop(self, running: asyncio.Task[None]) -> None:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+    async def _stop(self) -> None:
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
         await self.server.stop()
 
     def live(self) -> set[str]:

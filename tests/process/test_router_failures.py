@@ -8,7 +8,7 @@ import pytest
 
 from cluster.errors import ErrorInfo
 from cluster.layout import KVLayout
-from cluster.messages import Load, Role
+from cluster.messages import AttemptStarted, Emitted, Fence, Load, Role, Tokens
 from tests.process.fake_worker import LAYOUT, Behaviour, FakeWorker
 from tests.process.router_house import MODEL, House, demo_text, pair
 
@@ -183,6 +183,32 @@ async def test_a_worker_of_a_new_epoch_takes_over_its_name(text):
         await house.until(lambda: len(house.live()) == 2)
         await house.complete(max_tokens=4)
         assert house.workers["decode-0"].attempts[0].fence.decode_epoch == 99
+
+
+async def test_words_about_unknown_attempts_are_counted_and_ignored(text):
+    async with House(text, pair()) as house:
+        stale = Fence("nobody-0", 1, 11, 21)
+        house.workers["decode-0"].tell(Tokens([Emitted(stale, 0, 5)]))
+        house.workers["decode-0"].tell(AttemptStarted(stale, Role.DECODE))
+        await house.complete(max_tokens=4)
+        async with house.session.get(f"{house.url}/metrics") as response:
+            metrics = await response.text()
+        assert 'baton_stale_messages_total{kind="Tokens"} 1.0' in metrics
+        assert 'baton_stale_messages_total{kind="AttemptStarted"} 1.0' in metrics
+
+
+async def test_a_defect_ends_the_router_instead_of_one_silent_link(text):
+    class Defective:
+        def receive(self, key, message):
+            raise ZeroDivisionError("a defect")
+
+        def worker_lost(self, key, reason): ...
+
+    async with House(text, pair()) as house:
+        house.server.fleet.listen(Defective())
+        house.workers["decode-0"].tell(AttemptStarted(Fence("r-0", 1, 11, 21), Role.DECODE))
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(house.running, 5)
 
 
 # --- clients ---------------------------------------------------------------------------------------------------------
