@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from cluster.config import TransferName
-from cluster.errors import ConfigError, PeerUnreachable
+from cluster.errors import ConfigError, PeerUnreachable, ProtocolError
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
 from kv_transfer.backends.environment import apply_defaults
 
@@ -77,6 +77,7 @@ class NixlBackend:
             kinds.nixlNotFoundError,
             kinds.nixlRemoteDisconnectError,
         )
+        self._descriptor_faults: tuple[type[Exception], ...] = (kinds.nixlMismatchError, kinds.nixlInvalidParamError)
         self._pool = pool
         self._memory, self._device = _memory_kind(pool.device)
         config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
@@ -98,6 +99,8 @@ class NixlBackend:
             added = self._agent.add_remote_agent(pool.endpoint)
             name = added.decode() if isinstance(added, bytes) else added
             pages = self._prepare(name, pool.address, pool.pages, *_memory_kind(pool.device))
+        except self._descriptor_faults as error:
+            raise ProtocolError(f"the NIXL metadata of {peer} is unreadable: {error}") from error
         except self._peer_faults as error:
             raise PeerUnreachable(f"can't reach the memory of {peer}: {error}") from error
         self._peers[peer] = _Peer(name, pages, pool)

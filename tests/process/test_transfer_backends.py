@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import msgspec
 import pytest
 
 from cluster.errors import AvailabilityError, PeerUnreachable, ProtocolError
+from kv_transfer.backends.base import PoolDescriptor
 from kv_transfer.backends.memory import MemoryBackend, MemoryFabric
 from tests.process.transfer_ends import BackendEnd, Remote, SharedPool
 
@@ -116,7 +118,24 @@ def test_a_pool_of_another_kind_is_refused(pair):
     with pytest.raises(ProtocolError):
         sender.call("connect", "other", b"not a descriptor")
     with pytest.raises(ProtocolError, match="pages of"):
-        sender.call("connect", "other", receiver.call("descriptor").replace((20_000).to_bytes(2), (20_001).to_bytes(2)))
+        sender.call(
+            "connect",
+            "other",
+            receiver.call("descriptor").replace((20_000).to_bytes(2, "big"), (20_001).to_bytes(2, "big")),
+        )
+
+
+def test_an_endpoint_that_is_none_harms_nobody(pair):
+    sender, receiver = pair
+    good = msgspec.msgpack.decode(receiver.call("descriptor"), type=PoolDescriptor)
+    for endpoint in (b"", b"garbage"):
+        bad = msgspec.structs.replace(good, endpoint=endpoint).encode()
+        try:
+            sender.call("connect", "nobody", bad)
+        except (PeerUnreachable, ProtocolError):
+            continue
+        assert outcome_of(sender, "nobody") == "failed"
+    assert outcome_of(sender, "peer") == "done"
 
 
 def test_a_killed_receiver_fails_the_write_soon_and_its_successor_is_reached(start, ends):
