@@ -177,7 +177,7 @@ class SenderHandoff(StateMachine[SenderAction]):
         self.deadline = None
         return [self._done()]
 
-    def _lost(self, event: PeerDown | PeerReplaced, now: float) -> list[SenderAction]:
+    def _lost(self, event: PeerDown, now: float) -> list[SenderAction]:
         return self._fail(WorkerLost("the connection to the decode worker broke").to_info(), Role.DECODE)
 
     def _replaced(self, event: PeerReplaced, now: float) -> list[SenderAction]:
@@ -282,12 +282,16 @@ class SenderHandoff(StateMachine[SenderAction]):
         if self._in_flight:
             return []
         self.to(SenderState.ENDED)
-        return [*self._confirm(None, 0.0), Release(*self._outcome, None)]
+        return [self._aborted(), Release(*self._outcome, None)]
 
-    def _confirm(self, event: AbortAsked | Granted | None, now: float) -> list[SenderAction]:
-        """ABORTED, as often as asked. After an ACK there is nothing to abort, and no error to tell."""
+    def _confirm(self, event: AbortAsked | Granted, now: float) -> list[SenderAction]:
+        """As often as asked."""
+        return [self._aborted()]
+
+    def _aborted(self) -> Send:
+        """After an ACK there was nothing to abort, and there is no error to tell."""
         error, blame = self._outcome or (ProtocolError("the handoff has ended well").to_info(), None)
-        return [Send(Aborted(self.fence, error, blame))]
+        return Send(Aborted(self.fence, error, blame))
 
     def _ignore(self, event: object, now: float) -> list[SenderAction]:
         return []
