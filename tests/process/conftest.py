@@ -36,14 +36,6 @@ def api(http, demo_cluster):
     return Api(http, demo_cluster.url)
 
 
-@pytest.fixture
-def processes(tmp_path):
-    """Starts nothing by itself; bfloat16, small pools."""
-    found = Processes(TOPOLOGIES / "2p2d.yaml", tmp_path, ("kv.pool_tokens=8192",))
-    yield found
-    found.close()
-
-
 @pytest.fixture(scope="session")
 def reference():
     return load_reference()

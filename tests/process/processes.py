@@ -41,16 +41,21 @@ class Processes:
         with (self.log_dir / f"{name}.log").open("ab") as log:
             self._running[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
+    def running(self, name: str) -> bool:
+        return name in self._running
+
     def kill(self, name: str) -> None:
         """SIGKILL, no last words. Returns when it is gone."""
         process = self._running.pop(name)
         process.kill()
         process.wait()
 
-    def kill_engine(self, name: str) -> None:
-        """SIGKILL to a worker's engine process only."""
-        for child in psutil.Process(self._running[name].pid).children(recursive=True):
+    def kill_engine(self, name: str) -> int:
+        """SIGKILL to a worker's engine process only. Returns the exit code with which the worker ends after it."""
+        process = self._running.pop(name)
+        for child in psutil.Process(process.pid).children(recursive=True):
             child.kill()
+        return process.wait(STOP_SECONDS)
 
     def terminate(self, name: str) -> int:
         """SIGTERM. Returns the exit code."""

@@ -1,4 +1,7 @@
-"""Processes that die, restart or do not fit together: who notices, how soon, and what is left."""
+"""Processes that die, restart or do not fit in: who notices, how soon, and what is left.
+
+The tests share one cluster, 1P2D, each process started by itself; each finds it complete.
+"""
 
 import asyncio
 import time
@@ -6,115 +9,164 @@ import time
 import pytest
 
 from tests.process.api import Api, StreamError, eventually
+from tests.process.conftest import TOPOLOGIES
+from tests.process.processes import Processes
 
 AT_ONCE_SECONDS = 3.0
+WORKERS = ("prefill-0", "decode-0", "decode-1")
 pytestmark = pytest.mark.timeout(240)
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    logs = tmp_path_factory.mktemp("processes")
+    found = Processes(TOPOLOGIES / "1p3d.yaml", logs, ("kv.pool_tokens=8192",))
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+@pytest.fixture(autouse=True)
+def complete(cluster):
+    """An earlier test may have failed with a process down."""
+    for name in ("bootstrap", *WORKERS, "router"):
+        if not cluster.running(name):
+            cluster.start(name)
+    cluster.wait_workers(*WORKERS)
+    cluster.wait_healthy()
+
+
 @pytest.fixture
-async def cluster(processes, http):
-    """1P2D, each process on its own."""
-    for name in ("bootstrap", "prefill-0", "decode-0", "decode-1", "router"):
-        processes.start(name)
-    processes.wait_workers("prefill-0", "decode-0", "decode-1")
-    processes.wait_healthy()
-    return processes
+def api(http, cluster):
+    return Api(http, cluster.url)
 
 
-async def all_idle(processes):
+@pytest.fixture
+def prompt(reference):
+    return reference.named("raw-50").prompt
+
+
+async def all_idle(cluster):
     async def idle():
-        return processes.workers().idle
+        return cluster.workers().idle
 
     await eventually(idle, "all ledgers of the living are at zero")
 
 
-async def test_lost_workers_end_their_requests_and_nobody_elses(cluster, http, reference):
-    """A decode worker in the middle of a stream; then a prefill worker's engine in the middle of a prompt."""
-    api = Api(http, cluster.url)
-    prompt = reference.named("raw-50").prompt
-
-    async def read_forever(first_chunk):
-        async with api.open_stream(prompt, max_tokens=4000, ignore_eos=True) as chunks:
-            async for chunk in chunks:
-                if not first_chunk.done():
-                    first_chunk.set_result(chunk["id"])
-
-    started = [asyncio.get_running_loop().create_future() for _ in range(2)]
-    readers = [asyncio.create_task(read_forever(each)) for each in started]
-    ids = await asyncio.gather(*started)
-    homes = [await decode_worker_of(api, each) for each in ids]
-    assert sorted(homes) == ["decode-0", "decode-1"], "least load gives each of two idle workers one"
-    victim, survivor = readers
-    begun = time.monotonic()
-    cluster.kill(homes[0])
-    with pytest.raises(StreamError, match=homes[0]):
-        await victim
-    assert time.monotonic() - begun < AT_ONCE_SECONDS
-    assert not survivor.done()
-    survivor.cancel()
-    await asyncio.gather(survivor, return_exceptions=True)
-    cluster.wait_workers("prefill-0", homes[1])
-    await all_idle(cluster)
+async def serves(api, prompt):
     assert len((await api.stream(prompt, max_tokens=4, ignore_eos=True)).tokens) == 4
 
-    long = asyncio.create_task(api.stream(reference.named("raw-2000").prompt * 3, max_tokens=8))
 
-    async def computing():
-        return any(status.load.running for status in cluster.workers().workers if status.member.role == "prefill")
+class Reader:
+    """A client that reads a stream without end."""
 
-    await eventually(computing, "the prompt is being computed")
-    begun = time.monotonic()
-    cluster.kill_engine("prefill-0")
-    with pytest.raises(StreamError, match="prefill-0"):
-        await long
-    assert time.monotonic() - begun < AT_ONCE_SECONDS
-    await all_idle(cluster)
+    def __init__(self, api, prompt):
+        self._begun = asyncio.get_running_loop().create_future()
+        self._api = api
+        self.task = asyncio.create_task(self._read(prompt))
+
+    async def decode_worker(self):
+        """Where its tokens come from; waits for the first."""
+        await asyncio.wait({self._begun, self.task}, return_when=asyncio.FIRST_COMPLETED)
+        async with self._api.session.get(f"{self._api.url}/v1/requests/{self._begun.result()}") as response:
+            return (await response.json())["decode_worker"]
+
+    async def leave(self):
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+    async def _read(self, prompt):
+        async with self._api.open_stream(prompt, max_tokens=4000, ignore_eos=True) as chunks:
+            async for chunk in chunks:
+                if not self._begun.done():
+                    self._begun.set_result(chunk["id"])
 
 
-async def decode_worker_of(api, request):
-    async with api.session.get(f"{api.url}/v1/requests/{request}") as response:
-        return (await response.json())["decode_worker"]
-
-
-async def test_nobody_notices_that_bootstrap_restarts(cluster, http, reference):
-    api = Api(http, cluster.url)
-    prompt = reference.named("raw-50").prompt
-    expected = await api.stream(prompt, max_tokens=200, temperature=0, ignore_eos=True)
+async def test_nobody_notices_that_bootstrap_restarts(cluster, api, prompt):
+    expected = await api.stream(prompt, max_tokens=100, temperature=0, ignore_eos=True)
     tokens = []
-    async with api.open_stream(prompt, max_tokens=200, temperature=0, ignore_eos=True) as chunks:
+    async with api.open_stream(prompt, max_tokens=100, temperature=0, ignore_eos=True) as chunks:
         async for chunk in chunks:
             tokens += [token for choice in chunk["choices"] for token in choice["token_ids"]]
             if len(tokens) == 3:
                 cluster.kill("bootstrap")
             if len(tokens) == 20:
-                # Without bootstrap, new requests are served too.
-                assert len((await api.stream(prompt, max_tokens=4, ignore_eos=True)).tokens) == 4
+                await serves(api, prompt)  # there is no bootstrap now
                 cluster.start("bootstrap")
     assert tokens == expected.tokens
-    cluster.wait_workers("prefill-0", "decode-0", "decode-1")
+    cluster.wait_workers(*WORKERS)
     await all_idle(cluster)
-    assert len((await api.stream(prompt, max_tokens=4, ignore_eos=True)).tokens) == 4
+    await serves(api, prompt)
 
 
-async def test_workers_of_different_layouts_refuse_each_other(processes, http):
-    for name, *settings in (["bootstrap"], ["prefill-0"], ["decode-0", "kv.page_size=32"], ["router"]):
-        processes.start(name, *settings)
-    processes.wait_workers("prefill-0", "decode-0")
-    line = processes.wait_log("prefill-0", "layouts differ")
+async def test_a_worker_of_another_layout_is_refused_and_gets_no_work(cluster, api, prompt):
+    cluster.start("decode-2", "kv.page_size=32")
+    cluster.wait_workers(*WORKERS, "decode-2")
+    line = cluster.wait_log("prefill-0", "layouts differ")
     assert "page_size: 16 != 32" in line or "page_size: 32 != 16" in line
     assert line.count("'kv_heads': 3") == 2, "both layouts are in the error"
-    body = {"model": "smollm2-135m-instruct", "prompt": "hello", "max_tokens": 4}
-    async with http.post(f"{processes.url}/v1/completions", json=body) as response:
-        assert response.status == 503
-        assert response.headers["Retry-After"]
-        assert "layout" in (await response.json())["error"]["message"]
+    readers = [Reader(api, prompt) for _ in range(4)]
+    assert {await reader.decode_worker() for reader in readers} == {"decode-0", "decode-1"}
+    await asyncio.gather(*(reader.leave() for reader in readers))
+    assert cluster.terminate("decode-2") == 0
+    cluster.wait_workers(*WORKERS)
+    await all_idle(cluster)
+
+
+async def test_a_dead_decode_worker_ends_its_own_streams_only(cluster, api, prompt):
+    readers = [Reader(api, prompt), Reader(api, prompt)]
+    homes = [await reader.decode_worker() for reader in readers]
+    assert sorted(homes) == ["decode-0", "decode-1"], "least load gives each of two idle workers one"
+    begun = time.monotonic()
+    cluster.kill(homes[0])
+    with pytest.raises(StreamError, match=homes[0]):
+        await readers[0].task
+    assert time.monotonic() - begun < AT_ONCE_SECONDS
+    assert not readers[1].task.done()
+    await readers[1].leave()
+    cluster.wait_workers("prefill-0", homes[1])
+    await all_idle(cluster)
+    await serves(api, prompt)
+    await its_successor_serves(cluster, api, prompt, homes[0])
+
+
+async def test_a_dead_prefill_engine_ends_the_request_and_frees_what_decode_had_granted(
+    cluster, api, prompt, reference
+):
+    long = asyncio.create_task(api.stream(reference.named("raw-2000").prompt * 3, max_tokens=8))
+
+    async def granted():
+        loads = [status.load for status in cluster.workers().workers if status.member.role == "decode"]
+        return any(load.owners.get("lease") for load in loads)
+
+    await eventually(granted, "decode has granted pages")
+    begun = time.monotonic()
+    assert cluster.kill_engine("prefill-0") != 0
+    with pytest.raises(StreamError, match="prefill"):
+        await long
+    assert time.monotonic() - begun < AT_ONCE_SECONDS
+    cluster.wait_workers("decode-0", "decode-1")
+    await all_idle(cluster)
+    await its_successor_serves(cluster, api, prompt, "prefill-0")
+
+
+async def its_successor_serves(cluster, api, prompt, name):
+    """The same name with a new epoch is a new worker: it is given work, and it is found by its peers."""
+    cluster.start(name)
+    cluster.wait_workers(*WORKERS)
+    cluster.wait_healthy()
+
+    async def takes_part():
+        readers = [Reader(api, prompt), Reader(api, prompt)]
+        homes = {await reader.decode_worker() for reader in readers}
+        await asyncio.gather(*(reader.leave() for reader in readers))
+        return homes == {"decode-0", "decode-1"}
+
+    await eventually(takes_part, f"requests go through the new {name} too")
+    await all_idle(cluster)
 
 
 async def test_each_process_ends_in_peace_on_sigterm(cluster):
-    assert {name: cluster.terminate(name) for name in ("router", "decode-1", "decode-0", "prefill-0", "bootstrap")} == {
-        "router": 0,
-        "decode-1": 0,
-        "decode-0": 0,
-        "prefill-0": 0,
-        "bootstrap": 0,
-    }
+    order = ("router", "decode-1", "decode-0", "prefill-0", "bootstrap")
+    assert {name: cluster.terminate(name) for name in order} == dict.fromkeys(order, 0)
