@@ -2,7 +2,7 @@
 
 One page holds all layers of `page_size` consecutive tokens, contiguously:
 
-    [layers, 2 (K then V), page_size, kv_heads, head_dim]      of `dtype`
+    [layers, 2 (K then V), kv_heads, page_size, head_dim]      of `dtype`
 
 so that a page is one range of bytes: one descriptor of a transfer engine, one digest. The pool is `pages` of these in a
 row. Two workers can hand over to each other when their fingerprints are equal.

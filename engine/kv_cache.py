@@ -1,7 +1,8 @@
 """The KV pool: one contiguous allocation in the layout of `cluster.layout`, and views of it for attention.
 
 A page is one range of bytes, so that a transfer engine can write it in one piece; that is why a layer's keys are
-strided across the pool and not the other way round. Which page belongs to whom is `engine.pages`' business.
+strided across the pool. Within a page a head's tokens are neighbours: attention gathers head by head, in pieces of
+page_size * head_dim, twice as fast on CPU as token by token. Which page belongs to whom is `engine.pages`' business.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ ALIGNMENT = 4096
 
 
 class KVCache:
-    """`pool` is [pages, layers, 2 (K then V), page_size, kv_heads, head_dim]; zeros at first. Owns its memory."""
+    """`pool` is [pages, layers, 2 (K then V), kv_heads, page_size, head_dim]; zeros at first. Owns its memory."""
 
     def __init__(self, layout: KVLayout, pages: int, device: torch.device) -> None:
         self.layout = layout
@@ -25,7 +26,7 @@ class KVCache:
         dtype = getattr(torch, layout.dtype)
         memory = torch.zeros(pages * layout.page_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
         begin = -memory.data_ptr() % ALIGNMENT
-        shape = (pages, layout.layers, 2, layout.page_size, layout.kv_heads, layout.head_dim)
+        shape = (pages, layout.layers, 2, layout.kv_heads, layout.page_size, layout.head_dim)
         self.pool = memory[begin : begin + pages * layout.page_bytes].view(dtype).view(shape)
 
     @property
@@ -37,13 +38,13 @@ class KVCache:
     def nbytes(self) -> int:
         return self.pages * self.page_bytes
 
-    def token_rows(self) -> Tensor:
-        """The pool as [rows, kv_heads, head_dim]: a row is one token's keys, or values, in one layer."""
-        return self.pool.view(-1, self.layout.kv_heads, self.layout.head_dim)
-
-    def head_major(self, layer: int) -> Tensor:
+    def by_head(self, layer: int) -> Tensor:
         """One layer as [2, kv_heads, pages, page_size, head_dim], a strided view."""
-        return self.pool[:, layer].permute(1, 3, 0, 2, 4)
+        return self.pool[:, layer].permute(1, 2, 0, 3, 4)
+
+    def by_token(self, layer: int) -> Tensor:
+        """One layer as [2, pages, page_size, kv_heads, head_dim], a strided view."""
+        return self.pool[:, layer].permute(1, 0, 3, 2, 4)
 
     def clear(self, pages: list[int]) -> None:
         """Zeroes these pages in all layers."""

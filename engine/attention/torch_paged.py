@@ -31,6 +31,13 @@ BLOCK_SCORES = 1 << 22
 Integers = npt.NDArray[np.int64]
 
 
+class _Slots(NamedTuple):
+    """Where each row's keys and values go, [rows of the step] each."""
+
+    pages: Tensor
+    offsets: Tensor
+
+
 class _Block(NamedTuple):
     """Queries [begin, end) of each member of a group, which see at most the first `keys` keys."""
 
@@ -67,8 +74,8 @@ class TorchPagedAttention:
         self._cache = cache
         self._heads = heads
         self._windows = tuple(windows)
-        self._layers = [cache.head_major(layer) for layer in range(cache.layout.layers)]
-        self._rows = cache.token_rows()
+        self._by_head = [cache.by_head(layer) for layer in range(cache.layout.layers)]
+        self._by_token = [cache.by_token(layer).unbind() for layer in range(cache.layout.layers)]
         self._workspace = torch.empty(0, dtype=cache.pool.dtype, device=cache.pool.device)
 
     def plan(self, spans: Sequence[Span]) -> TorchStepAttention:
@@ -82,14 +89,11 @@ class TorchPagedAttention:
         plans = {window: self._plan_window(spans, window) for window in set(self._windows)}
         return TorchStepAttention(self, self._slots(spans), [plans[window] for window in self._windows])
 
-    def _slots(self, spans: Sequence[Span]) -> Tensor:
-        """Rows of `KVCache.token_rows` to write: [layers, 2, rows of the step]."""
-        layout = self._cache.layout
+    def _slots(self, spans: Sequence[Span]) -> _Slots:
+        page_size = self._cache.layout.page_size
         positions = np.concatenate([np.arange(span.start, span.stop) for span in spans])
-        pages = np.concatenate([_repeat_pages(span, layout.page_size) for span in spans])
-        first = pages * (layout.layers * 2 * layout.page_size) + positions % layout.page_size
-        planes = np.arange(layout.layers * 2).reshape(layout.layers, 2, 1) * layout.page_size
-        return self._to_device(planes + first)
+        pages = np.concatenate([_repeat_pages(span, page_size) for span in spans])
+        return _Slots(self._to_device(pages), self._to_device(positions % page_size))
 
     def _plan_window(self, spans: Sequence[Span], window: int | None) -> _WindowPlan:
         page_size = self._cache.layout.page_size
@@ -146,12 +150,13 @@ class TorchPagedAttention:
             if window is not None:
                 hidden |= key <= seen[..., None] - window
             mask = np.where(hidden, np.float32(-np.inf), np.float32(0.0))[:, None]
-            blocks.append(_Block(begin, end, keys, masked_from, torch.from_numpy(mask).to(self._rows.device)))
+            blocks.append(_Block(begin, end, keys, masked_from, torch.from_numpy(mask).to(self._cache.pool.device)))
         return blocks
 
-    def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        self._rows.index_copy_(0, slots[0], key)
-        self._rows.index_copy_(0, slots[1], value)
+    def write(self, layer: int, slots: _Slots, key: Tensor, value: Tensor) -> None:
+        keys, values = self._by_token[layer]
+        keys.index_put_(slots, key)
+        values.index_put_(slots, value)
 
     def gather(self, layer: int, group: _Group) -> Tensor:
         """Keys and values of a group, [2, kv_heads, members, keys, head_dim]; valid until the next call."""
@@ -161,23 +166,23 @@ class TorchPagedAttention:
         if self._workspace.numel() < size:
             self._workspace = self._workspace.new_empty(size)
         gathered = self._workspace[:size].view(shape)
-        torch.index_select(self._layers[layer], 2, group.pages, out=gathered)
+        torch.index_select(self._by_head[layer], 2, group.pages, out=gathered)
         return gathered.view(2, layout.kv_heads, group.members, -1, layout.head_dim)
 
     def _to_device(self, array: Integers) -> Tensor:
-        return torch.from_numpy(array).to(self._rows.device)
+        return torch.from_numpy(array).to(self._cache.pool.device)
 
 
 class TorchStepAttention:
     """Implements `StepAttention`."""
 
-    def __init__(self, backend: TorchPagedAttention, slots: Tensor, plans: list[_WindowPlan]) -> None:
+    def __init__(self, backend: TorchPagedAttention, slots: _Slots, plans: list[_WindowPlan]) -> None:
         self._backend = backend
         self._slots = slots
         self._plans = plans
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self._backend.write(self._slots[layer], key, value)
+        self._backend.write(layer, self._slots, key, value)
         plan = self._plans[layer]
         outputs = [self._attend_group(layer, group, query) for group in plan.groups]
         if plan.order is None:
