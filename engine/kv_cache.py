@@ -7,9 +7,11 @@ page_size * head_dim, twice as fast on CPU as token by token. Which page belongs
 
 from __future__ import annotations
 
+import psutil
 import torch
 from torch import Tensor
 
+from cluster.errors import ConfigError
 from cluster.layout import KVLayout
 
 ALIGNMENT = 4096
@@ -17,13 +19,17 @@ ALIGNMENT = 4096
 
 
 class KVCache:
-    """`pool` is [pages, layers, 2 (K then V), kv_heads, page_size, head_dim]; zeros at first. Owns its memory."""
+    """`pool` is [pages, layers, 2 (K then V), kv_heads, page_size, head_dim]; zeros at first. Owns its memory.
+
+    Raises `ConfigError` if the machine has not that much left: the kernel would grant it, and kill us when it is used.
+    """
 
     def __init__(self, layout: KVLayout, pages: int, device: torch.device) -> None:
         self.layout = layout
         self.pages = pages
         self.page_bytes = layout.page_bytes
         dtype = getattr(torch, layout.dtype)
+        _require_memory(layout, pages, device)
         memory = torch.zeros(pages * layout.page_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
         begin = -memory.data_ptr() % ALIGNMENT
         shape = (pages, layout.layers, 2, layout.kv_heads, layout.page_size, layout.head_dim)
@@ -50,3 +56,14 @@ class KVCache:
         """Zeroes these pages in all layers."""
         if pages:
             self.pool[torch.tensor(pages, device=self.pool.device)] = 0
+
+
+def _require_memory(layout: KVLayout, pages: int, device: torch.device) -> None:
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    wanted = pages * layout.page_bytes
+    if wanted > available:
+        gib = 1 << 30
+        raise ConfigError(
+            f"kv.pool_tokens: a pool of {pages * layout.page_size} tokens takes {wanted / gib:.1f} GiB, but {device} has "
+            f"{available / gib:.1f} GiB left: at most {available // layout.token_bytes} tokens fit"
+        )
