@@ -24,10 +24,11 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
         EngineConfig.from_topology(topology, section.max_running, section.chunk_tokens, threads=len(context.cores))
     )
     engine.warm_up()
-    pool = PoolMemory(engine.pool_address, engine.ledger.total, engine.page_bytes)
+    pool = PoolMemory(engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes)
     backend = open_backend(topology.kv.transfer, f"{context.name}-{epoch}", pool, context.host)
     check = topology.kv.verify_digests
-    thread = TransferThread(backend, PageDigests(pool) if check else None, context.clock, context.channel.wake)
+    digester = PageDigests(pool) if check else None
+    thread = TransferThread(backend, digester, context.clock, context.channel.wake, pool.trial_page)
     receiver = HandoffReceiver(thread, engine.layout, context.send_to_peer, context.clock, check, epoch=epoch)
     ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current())
     return DecodeLoop(engine, receiver, context.send, context.clock, epoch, thread.close), ready

@@ -32,6 +32,8 @@ from engine.weights import open_model
 
 __all__ = ["Engine", "EngineConfig", "Progress", "Sampled", "StepPlan", "StepResult"]
 
+TRIAL_PAGES = 1
+"""Pages of the pool's memory that no ledger gives out: transfer connections are tried on the last page."""
 WARM_UP = Fence("warm-up", 0, 0, 0)
 """Key of the sequences that no request asked for."""
 
@@ -124,7 +126,7 @@ class Engine:
         """Steps since the start: grows while the engine makes progress."""
         self._config = config
         self._device = device
-        self._cache = KVCache(self.layout, config.pool_pages, device)
+        self._cache = KVCache(self.layout, config.pool_pages + TRIAL_PAGES, device)
         self._attention = TorchPagedAttention(self._cache, architecture.heads, architecture.windows)
         self._decoder = Decoder(architecture, files.weights, getattr(torch, config.dtype.value), device)
         self._scheduler = Scheduler(self.ledger, config.page_size, config.max_running, config.chunk_tokens)
@@ -136,6 +138,7 @@ class Engine:
 
     @property
     def pool_bytes(self) -> int:
+        """Of the ledger's pages and, behind them, `TRIAL_PAGES`."""
         return self._cache.nbytes
 
     @property

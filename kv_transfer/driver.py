@@ -19,7 +19,7 @@ from typing import Protocol, Union
 from cluster.clock import Clock
 from cluster.errors import AvailabilityError, BatonError, PeerUnreachable, ProtocolError
 from cluster.messages import Fence
-from kv_transfer.backends.base import TransferBackend, WriteHandle, WriteState
+from kv_transfer.backends.base import PoolDescriptor, TransferBackend, WriteHandle, WriteState
 from kv_transfer.plan import Batch
 
 SETTLE_SECONDS = 0.05
@@ -139,12 +139,20 @@ class _Settling:
 
 
 class TransferDriver:
-    """Owns the backend. All methods on one thread. Only typed errors become results; any other propagates."""
+    """Owns the backend. All methods on one thread. Only typed errors become results; any other propagates.
 
-    def __init__(self, backend: TransferBackend, digester: Digester | None, clock: Clock) -> None:
+    With a `trial_page` of ours, a new connection is tried at once by writing it to the peer's (`PoolMemory`):
+    engines finish a connection with its first write, which took 30 to 300 ms here, and no request should wait for that.
+    """
+
+    def __init__(
+        self, backend: TransferBackend, digester: Digester | None, clock: Clock, trial_page: int | None = None
+    ) -> None:
         self._backend = backend
         self._digester = digester
         self._clock = clock
+        self._trial_page = trial_page
+        self._trials: deque[tuple[str, WriteHandle]] = deque()
         self._peers: dict[str, _Peer] = {}
         self._writes: deque[_Write] = deque()
         self._expected: set[Fence] = set()
@@ -153,7 +161,7 @@ class TransferDriver:
     @property
     def busy(self) -> bool:
         """Whether `turn` has anything to drive."""
-        return bool(self._writes or self._expected or self._settling)
+        return bool(self._writes or self._trials or self._expected or self._settling)
 
     def take(self, command: Command) -> list[Result]:
         """Carries out one command, as far as it goes without waiting."""
@@ -177,6 +185,7 @@ class TransferDriver:
         """Drives all that is under way, once."""
         if self._expected or self._settling:
             self._backend.progress()
+        self._poll_trials()
         return self._poll_writes() + self._settle()
 
     def idle(self) -> None:
@@ -248,10 +257,29 @@ class TransferDriver:
         """Ahead of the first write, to spare it the time; if it fails, that write will try again and tell."""
         peer = self._peers.setdefault(command.peer, _Peer(command.descriptor))
         peer.leaving = False
+        new = not peer.connected
         try:
             self._reachable(command.peer)
+            if new and self._trial_page is not None:
+                self._try(command.peer, self._trial_page)
         except (AvailabilityError, ProtocolError):
             return
+
+    def _try(self, name: str, trial_page: int) -> None:
+        """Raises what `TransferBackend.write` raises."""
+        peer = self._peers[name]
+        theirs = PoolDescriptor.read(peer.descriptor).pages - 1
+        self._trials.append((name, self._backend.write(name, [trial_page], [theirs])))
+        peer.in_flight += 1
+
+    def _poll_trials(self) -> None:
+        for _ in range(len(self._trials)):
+            name, handle = self._trials.popleft()
+            state = handle.poll()
+            if state is WriteState.PENDING:
+                self._trials.append((name, handle))
+            else:
+                self._ended(name, failed=state is WriteState.FAILED)
 
     def _disconnect(self, name: str) -> None:
         peer = self._peers.get(name)

@@ -24,15 +24,20 @@ class TransferThread:
     """Runs a `TransferDriver`. `post`, `results` and `close` are for the step loop; none of them waits, but `close`.
 
     `wake` is called on this thread after results have arrived, and when the thread dies of an error; it must not block.
-    `digester` None: no digests.
+    `digester` None: no digests. `trial_page`: see `TransferDriver`.
     """
 
     def __init__(
-        self, backend: TransferBackend, digester: Digester | None, clock: Clock, wake: Callable[[], None]
+        self,
+        backend: TransferBackend,
+        digester: Digester | None,
+        clock: Clock,
+        wake: Callable[[], None],
+        trial_page: int | None = None,
     ) -> None:
         self.name = backend.name
         self.descriptor = backend.descriptor
-        self._driver = TransferDriver(backend, digester, clock)
+        self._driver = TransferDriver(backend, digester, clock, trial_page)
         self._wake = wake
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._results: deque[Result] = deque()

@@ -19,7 +19,10 @@ __all__ = ["PeerUnreachable", "PoolDescriptor", "PoolMemory", "TransferBackend",
 
 
 class PoolMemory(NamedTuple):
-    """The KV pool as bytes: page i is [address + i * page_bytes, address + (i + 1) * page_bytes)."""
+    """The KV pool as bytes: page i is [address + i * page_bytes, address + (i + 1) * page_bytes).
+
+    A worker's pool has one page more than its ledger: the last one is nobody's, and connections are tried on it.
+    """
 
     address: int
     pages: int
@@ -30,6 +33,10 @@ class PoolMemory(NamedTuple):
     @property
     def total_bytes(self) -> int:
         return self.pages * self.page_bytes
+
+    @property
+    def trial_page(self) -> int:
+        return self.pages - 1
 
     def page_address(self, page: int) -> int:
         """Address of a page of ours. Raises `ValueError` for a number outside the pool."""
@@ -52,12 +59,17 @@ class PoolDescriptor(msgspec.Struct, frozen=True):
         return msgspec.msgpack.encode(self)
 
     @classmethod
-    def decode(cls, descriptor: bytes, *, backend: str, page_bytes: int) -> PoolDescriptor:
-        """Raises `ProtocolError` unless it is a pool of the same kind of backend and page."""
+    def read(cls, descriptor: bytes) -> PoolDescriptor:
+        """Raises `ProtocolError` for bytes that are no descriptor."""
         try:
-            found = msgspec.msgpack.decode(descriptor, type=cls)
+            return msgspec.msgpack.decode(descriptor, type=cls)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"the peer's transfer descriptor is unreadable: {error}") from error
+
+    @classmethod
+    def decode(cls, descriptor: bytes, *, backend: str, page_bytes: int) -> PoolDescriptor:
+        """Raises `ProtocolError` unless it is a pool of the same kind of backend and page."""
+        found = cls.read(descriptor)
         if (found.backend, found.page_bytes) != (backend, page_bytes):
             raise ProtocolError(
                 f"the peer's pool is of {found.backend} with pages of {found.page_bytes} bytes; "

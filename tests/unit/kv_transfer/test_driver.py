@@ -165,3 +165,52 @@ def test_a_descriptor_of_another_backend_or_page_size_is_refused():
         PoolDescriptor.decode(descriptor, backend="mooncake", page_bytes=LAYOUT.page_bytes)
     with pytest.raises(ProtocolError, match="bytes"):
         PoolDescriptor.decode(descriptor, backend="nixl", page_bytes=LAYOUT.page_bytes + 1)
+
+
+# --- trials ----------------------------------------------------------------------------------------------------------
+
+
+def trying(setup: Setup) -> TransferDriver:
+    return TransferDriver(setup.backend, None, setup.clock, trial_page=setup.ours.memory.trial_page)
+
+
+def test_a_new_connection_is_tried_on_the_page_that_is_nobodys(setup):
+    setup.ours.fill(3, 7)
+    driver = trying(setup)
+    assert driver.take(Connect("peer", setup.peer.descriptor)) == []
+    assert driver.turn() == []
+    assert set(setup.theirs.read(3)) == {7}
+    assert all(set(setup.theirs.read(page)) == {0} for page in range(3))
+    assert not driver.busy
+
+
+def test_a_connection_is_tried_once_and_not_at_each_hello(setup):
+    driver = trying(setup)
+    for _ in range(3):
+        driver.take(Connect("peer", setup.peer.descriptor))
+        driver.turn()
+    assert setup.fabric.posted == 1
+
+
+def test_a_disconnect_waits_for_the_trial(setup):
+    setup.fabric.hold = True
+    driver = trying(setup)
+    driver.take(Connect("peer", setup.peer.descriptor))
+    driver.take(Disconnect("peer"))
+    driver.turn()
+    assert driver.busy
+    setup.fabric.release()
+    driver.turn()
+    assert not driver.busy
+    with pytest.raises(PeerUnreachable):
+        setup.backend.write("peer", [1], [2])
+
+
+def test_a_failed_trial_harms_no_later_write(setup):
+    setup.fabric.fail_writes.add(0)
+    driver = trying(setup)
+    driver.take(Connect("peer", setup.peer.descriptor))
+    driver.turn()
+    driver.take(setup.write())
+    (ended,) = driver.turn()
+    assert ended.error is None

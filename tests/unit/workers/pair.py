@@ -108,7 +108,7 @@ class Pair:
         self.connect()
 
     def _port(self, name: str, engine: Engine) -> InlinePort:
-        pool = PoolMemory(engine.pool_address, engine.ledger.total, engine.page_bytes)
+        pool = PoolMemory(engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes)
         backend = MemoryBackend(self.fabric, name, pool)
         self.descriptors = {**getattr(self, "descriptors", {}), name: backend.descriptor}
         return InlinePort(TransferDriver(backend, PageDigests(pool), self.clock))
