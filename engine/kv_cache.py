@@ -16,6 +16,7 @@ from cluster.layout import KVLayout
 
 ALIGNMENT = 4096
 """Bytes; what transfer engines like to register."""
+GIB = 1 << 30
 
 
 class KVCache:
@@ -62,8 +63,7 @@ def _require_memory(layout: KVLayout, pages: int, device: torch.device) -> None:
     available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     wanted = pages * layout.page_bytes
     if wanted > available:
-        gib = 1 << 30
         raise ConfigError(
-            f"kv.pool_tokens: a pool of {pages * layout.page_size} tokens takes {wanted / gib:.1f} GiB, but {device} has "
-            f"{available / gib:.1f} GiB left: at most {available // layout.token_bytes} tokens fit"
+            f"kv.pool_tokens: a pool of {pages * layout.page_size} tokens takes {wanted / GIB:.1f} GiB, but {device} "
+            f"has {available / GIB:.1f} GiB left: at most {available // layout.token_bytes} tokens fit"
         )
