@@ -23,6 +23,9 @@ NUCLEUS_WIDTHS = (64, 1024)
 ROWS_AT_ONCE = 8
 """Rows that are drawn together: their float64 temporaries stay in the cache."""
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it a row is greedy: logits a thousandth apart are e^1000 apart in odds, and float32 soon divides by zero."""
+
 
 class Choice(NamedTuple):
     token: int
@@ -37,7 +40,7 @@ def choose(logits: Tensor, sequences: Rows[Sequence]) -> list[Choice]:
     _penalize(logits, sequences)
     # One call for all rows: greedy rows are done, and a hot row's is overwritten.
     tokens = logits.argmax(-1).tolist()
-    hot = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    hot = [row for row, sampling in enumerate(samplings) if sampling.temperature >= LEAST_TEMPERATURE]
     for begin in range(0, len(hot), ROWS_AT_ONCE):
         rows = hot[begin : begin + ROWS_AT_ONCE]
         for row, token in zip(rows, _draw(logits[rows], [sequences[row] for row in rows]), strict=True):
@@ -74,7 +77,7 @@ def _penalize(logits: Tensor, sequences: Rows[Sequence]) -> None:
 
 
 def _draw(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """Tokens of rows with a temperature above 0."""
+    """Tokens of rows with a temperature of at least `LEAST_TEMPERATURE`."""
     samplings = [sequence.sampling for sequence in sequences]
     # Shifted first: a tiny temperature must not overflow the best logit.
     shifted = logits - logits.amax(-1, keepdim=True)

@@ -73,6 +73,16 @@ async def test_penalties_change_what_is_repeated(client):
     assert await ask(frequency_penalty=2, presence_penalty=2) < await ask()
 
 
+async def test_the_least_temperature_that_a_double_holds_is_greedy(client):
+    async def ask(temperature):
+        answer = await client.completions.create(
+            model=MODEL, prompt="1, 2, 3, 4,", max_tokens=8, temperature=temperature, seed=1
+        )
+        return answer.choices[0].text
+
+    assert await ask(5e-324) == await ask(0)
+
+
 async def test_logprobs_name_their_tokens(client):
     answer = await client.chat.completions.create(
         model=MODEL, messages=HELLO, max_tokens=8, temperature=0, logprobs=True, top_logprobs=3
