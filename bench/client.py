@@ -45,9 +45,11 @@ class Timeline(msgspec.Struct, kw_only=True):
         """Tokens that came in [start, end)."""
         return sum(count for at, count in zip(self.arrivals, self.counts, strict=True) if start <= at < end)
 
-    def gaps_between(self, start: float, end: float) -> list[float]:
-        """Seconds from one token-carrying chunk to the next, for those that came in [start, end)."""
-        return [later - earlier for earlier, later in pairwise(self.arrivals) if start <= later < end]
+    def gaps_between(self, start: float, end: float, *, first: bool = False) -> list[float]:
+        """Seconds from one token-carrying chunk to the next, for those that came in [start, end). With `first`, only
+        that to the second chunk: in a split cluster, what the client notices of the handoff."""
+        arrivals = self.arrivals[:2] if first else self.arrivals
+        return [later - earlier for earlier, later in pairwise(arrivals) if start <= later < end]
 
 
 class CompletionClient:

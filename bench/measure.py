@@ -30,6 +30,8 @@ FIGURES = (
     Figure("ttft_short_p99", "TTFT of short prompts, p99", "ms", True),
     Figure("ttft_long_p50", "TTFT of long prompts, p50", "ms", True),
     Figure("ttft_long_p99", "TTFT of long prompts, p99", "ms", True),
+    Figure("second_token_p50", "first to second token, p50", "ms", True),
+    Figure("second_token_p99", "first to second token, p99", "ms", True),
     Figure("inter_token_p50", "inter-token of steady streams, p50", "ms", True),
     Figure("inter_token_p99", "inter-token of steady streams, p99", "ms", True),
     Figure("output_tokens_per_second", "output", "tok/s", False),
@@ -90,6 +92,10 @@ def _client_figures(observed: Observed, tokens: int) -> dict[str, float]:
     for key, stream in (("ttft_short", SHORT), ("ttft_long", LONG)):
         waits = [line.first_token_seconds for line in observed.sent(stream)]
         figures |= _latency(key, [wait for wait in waits if wait is not None])
+    seconds = [
+        gap for line in observed.timelines for gap in line.gaps_between(observed.start, observed.end, first=True)
+    ]
+    figures |= _latency("second_token", seconds)
     steady = [line for line in observed.timelines if line.stream == SHORT]
     gaps = [gap for line in steady for gap in line.gaps_between(observed.start, observed.end)]
     return figures | _latency("inter_token", gaps)
