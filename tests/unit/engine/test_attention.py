@@ -1,0 +1,145 @@
+"""Paged attention against the formula, sequence by sequence and query by query."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.layout import KVLayout
+from engine.attention.base import Span
+from engine.attention.grouping import PADDED_KEYS, Extent, group_by_extent
+from engine.attention.torch_paged import TorchPagedAttention
+from engine.kv_cache import ALIGNMENT, KVCache
+
+HEADS, KV_HEADS, HEAD_DIM, LAYERS = 6, 2, 16, 3
+
+
+def formula(query, keys, values, window):
+    """Softmax attention of the last len(query) positions over all keys. [tokens, heads, head_dim] each."""
+    output = torch.empty_like(query)
+    for index in range(len(query)):
+        position = len(keys) - len(query) + index
+        first = 0 if window is None else max(0, position - window + 1)
+        for head in range(query.shape[1]):
+            shared = head // (HEADS // KV_HEADS)
+            scores = keys[first : position + 1, shared] @ query[index, head] / math.sqrt(HEAD_DIM)
+            output[index, head] = scores.softmax(0) @ values[first : position + 1, shared]
+    return output
+
+
+class Bench:
+    """A cache full of NaN, and what each sequence has put into it."""
+
+    def __init__(self, page_size, pages=200, windows=(None,) * LAYERS, seed=0):
+        self.layout = KVLayout("m", "float32", page_size, LAYERS, KV_HEADS, HEAD_DIM)
+        self.cache = KVCache(self.layout, pages, torch.device("cpu"))
+        self.windows = windows
+        self.cache.pool.fill_(math.nan)
+        self.backend = TorchPagedAttention(self.cache, HEADS, windows)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.free = list(range(pages))
+        random.Random(seed).shuffle(self.free)
+        self.pages: dict[str, list[int]] = {}
+        self.past: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def step(self, **counts):
+        """Computes `counts[name]` further tokens of each sequence and compares all layers."""
+        spans, row = [], 0
+        for name, count in counts.items():
+            past = self.past.setdefault(name, [(torch.empty(0, KV_HEADS, HEAD_DIM),) * 2] * LAYERS)
+            start = len(past[0][0])
+            pages = self.pages.setdefault(name, [])
+            # One more than needed: what a sequence owns and has not begun must not matter.
+            while len(pages) < self.layout.pages_for(start + count) + 1:
+                pages.append(self.free.pop())
+            spans.append(Span(row, start, start + count, pages))
+            row += count
+        step = self.backend.plan(spans)
+        for layer in range(LAYERS):
+            query, key, value = (
+                torch.randn(row, heads, HEAD_DIM, generator=self.generator) for heads in (HEADS, KV_HEADS, KV_HEADS)
+            )
+            found = step.attend(layer, query, key, value)
+            assert found.is_contiguous()
+            for span, name in zip(spans, counts, strict=True):
+                rows = slice(span.row, span.row + span.stop - span.start)
+                keys, values = self.past[name][layer]
+                keys, values = torch.cat((keys, key[rows])), torch.cat((values, value[rows]))
+                past = self.past[name] = list(self.past[name])
+                past[layer] = (keys, values)
+                expected = formula(query[rows], keys, values, self.windows[layer])
+                torch.testing.assert_close(found[rows], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_prompts_of_lengths_around_pages_then_decode(page_size):
+    bench = Bench(page_size)
+    bench.step(a=page_size, b=page_size + 1, c=max(1, page_size - 1), d=1, e=3 * page_size + 2)
+    for _ in range(page_size + 2):
+        bench.step(a=1, b=1, c=1, d=1, e=1)
+
+
+def test_a_prompt_in_chunks_beside_decodes():
+    bench = Bench(8)
+    bench.step(long=70, short=3)
+    bench.step(short=1, long=65)
+    bench.step(short=1, long=1, late=130)
+    bench.step(late=2, short=1, long=1)
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 33])
+def test_a_sliding_window_in_some_layers(window):
+    bench = Bench(8, windows=(window, None, window))
+    bench.step(a=40, b=7, c=17)
+    bench.step(a=30, b=1, c=1)
+    for _ in range(9):
+        bench.step(a=1, b=1, c=1)
+
+
+def test_very_different_lengths_are_several_groups_and_come_back_in_order():
+    assert group_by_extent([Extent(1, keys) for keys in (1500, 20, 700, 30)]) == [[0], [2], [3, 1]]
+    bench = Bench(16)
+    bench.step(a=20, b=700, c=30, d=1)
+    bench.step(a=1, b=1, c=1, d=1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 20), min_size=3, max_size=3), min_size=1, max_size=4).filter(
+        lambda steps: all(any(step) for step in steps)
+    ),
+    st.sampled_from([1, 3, 8]),
+    st.sampled_from([None, 2, 9]),
+)
+def test_any_mix_of_chunks(steps, page_size, window):
+    bench = Bench(page_size, windows=(None, window, window), seed=len(steps))
+    for step in steps:
+        bench.step(**{name: count for name, count in zip("abc", step, strict=True) if count})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.builds(Extent, st.sampled_from([1, 1, 1, 7, 64, 512]), st.integers(1, 9000)), max_size=40))
+def test_groups_hold_everyone_once_and_pad_little(extents):
+    groups = group_by_extent(extents)
+    assert sorted(index for group in groups for index in group) == list(range(len(extents)))
+    for group in groups:
+        keys = [extents[index].keys for index in group]
+        assert len(group) * max(keys) - sum(keys) <= PADDED_KEYS
+
+
+def test_equal_decodes_are_one_group():
+    assert group_by_extent([Extent(1, 320)] * 32) == [list(range(32))]
+
+
+def test_a_page_is_one_range_of_bytes_at_an_aligned_address():
+    cache = KVCache(KVLayout("m", "bfloat16", 4, LAYERS, KV_HEADS, HEAD_DIM), 5, torch.device("cpu"))
+    assert cache.address % ALIGNMENT == 0
+    assert cache.pool[1].data_ptr() - cache.address == cache.page_bytes == cache.layout.page_bytes
+    assert cache.pool[2].is_contiguous()
+    assert cache.nbytes == 5 * cache.page_bytes
+    assert not cache.pool.any()
