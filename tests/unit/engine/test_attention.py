@@ -14,7 +14,7 @@ from cluster.layout import KVLayout
 from engine.attention.base import Span
 from engine.attention.grouping import PADDED_KEYS, Extent, group_by_extent
 from engine.attention.torch_paged import TorchPagedAttention
-from engine.kv_cache import ALIGNMENT, KVCache
+from engine.kv_cache import KVCache
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 6, 2, 16, 3
 
@@ -134,12 +134,3 @@ def test_groups_hold_everyone_once_and_pad_little(extents):
 
 def test_equal_decodes_are_one_group():
     assert group_by_extent([Extent(1, 320)] * 32) == [list(range(32))]
-
-
-def test_a_page_is_one_range_of_bytes_at_an_aligned_address():
-    cache = KVCache(KVLayout("m", "bfloat16", 4, LAYERS, KV_HEADS, HEAD_DIM), 5, torch.device("cpu"))
-    assert cache.address % ALIGNMENT == 0
-    assert cache.pool[1].data_ptr() - cache.address == cache.page_bytes == cache.layout.page_bytes
-    assert cache.pool[2].is_contiguous()
-    assert cache.nbytes == 5 * cache.page_bytes
-    assert not cache.pool.any()
