@@ -9,7 +9,7 @@ import pytest
 from bench.cluster import Cluster
 from tests.process.conftest import TOPOLOGIES
 
-SECONDS = 30
+SECONDS = 20
 SMALL = (
     "model.context_length=64",
     "kv.pool_tokens=4096",

@@ -17,7 +17,7 @@ def run(monkeypatch, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["compare", "--workload", "heavy"], "expected one of mixed, heavy, decode, brief"),
+        (["compare", "--workload", "colossal"], "expected one of mixed, heavy, decode, brief"),
         (["compare", "--cores", "first"], "expected numbers with commas"),
         (["compare", "--cores", "100000"], "this process may use"),
         (["load", "--url", "http://127.0.0.1:9", "--workload", "decode", "--options", "[]"], "expected a JSON object"),
