@@ -1,7 +1,7 @@
 """Paged attention in plain torch: the CPU backend, and the reference for the others.
 
 Sequences attend in groups (`engine.attention.grouping`). Per group and layer: gather its pages head by head, then for
-each block of queries multiply, mask, softmax in float32, multiply. Queries that share a key/value head are folded into
+each block of queries multiply, mask, softmax (summed in float32), multiply. Queries that share a key/value head are folded into
 one product, causal blocks stop at their last key. torch's own CPU kernel for scaled dot products is two to three times
 slower here in bfloat16, for decode's few queries and for prefill's many.
 
@@ -46,7 +46,7 @@ class _Block(NamedTuple):
     keys: int
     masked_from: int
     mask: Tensor
-    """float32 [members, 1, end - begin, keys - masked_from]: 0 or -inf. All keys below `masked_from` are seen."""
+    """[members, 1, end - begin, keys - masked_from], 0 or -inf. All keys below `masked_from` are seen."""
 
 
 class _Group(NamedTuple):
@@ -150,7 +150,7 @@ class TorchPagedAttention:
             if window is not None:
                 hidden |= key <= seen[..., None] - window
             mask = np.where(hidden, np.float32(-np.inf), np.float32(0.0))[:, None]
-            blocks.append(_Block(begin, end, keys, masked_from, torch.from_numpy(mask).to(self._cache.pool.device)))
+            blocks.append(_Block(begin, end, keys, masked_from, torch.from_numpy(mask).to(self._cache.pool)))
         return blocks
 
     def write(self, layer: int, slots: _Slots, key: Tensor, value: Tensor) -> None:
@@ -192,7 +192,7 @@ class TorchStepAttention:
     def _attend_group(self, layer: int, group: _Group, query: Tensor) -> Tensor:
         keys, values = self._backend.gather(layer, group)
         kv_heads, head_dim = keys.shape[0], keys.shape[-1]
-        rows = query if group.rows is None else query.index_select(0, group.rows)
+        rows = (query if group.rows is None else query.index_select(0, group.rows)) * head_dim**-0.5
         # [kv_heads, members, query heads of one key/value head, queries, head_dim]
         folded = rows.view(group.members, group.queries, kv_heads, -1, head_dim).permute(2, 0, 3, 1, 4)
         blocks = [_attend_block(block, folded, keys, values) for block in group.blocks]
@@ -205,9 +205,9 @@ def _attend_block(block: _Block, folded: Tensor, keys: Tensor, values: Tensor) -
     query = folded[:, :, :, block.begin : block.end]
     kv_heads, members, shared, queries, head_dim = query.shape
     stacked = query.reshape(kv_heads, members, shared * queries, head_dim)
-    scores = torch.matmul(stacked, keys[:, :, : block.keys].transpose(-1, -2)).float().mul_(head_dim**-0.5)
+    scores = torch.matmul(stacked, keys[:, :, : block.keys].transpose(-1, -2))
     scores.view(kv_heads, members, shared, queries, block.keys)[..., block.masked_from :].add_(block.mask)
-    weights = torch.softmax(scores, -1).to(values.dtype)
+    weights = torch.softmax(scores, -1)
     return torch.matmul(weights, values[:, :, : block.keys]).view(kv_heads, members, shared, queries, head_dim)
 
 
