@@ -17,6 +17,9 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16)
 TYPICAL_ROWS = 32
 """The batch size that oneDNN is asked to choose the blocking for; others work too."""
 
+EXACT_ROWS = 32
+ROWS_STEP = 16
+
 
 class Linear(Protocol):
     """x [rows, inputs] -> x W^T + bias [rows, outputs]. Called on the step loop's thread."""
@@ -25,6 +28,17 @@ class Linear(Protocol):
 
     def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
         """residual [rows, outputs] + self(inputs), as a new tensor."""
+
+
+def rows_computed(rows: int, device: torch.device) -> int:
+    """How many rows to compute for `rows` that are wanted; the others are there to make up the number.
+
+    oneDNN builds, and keeps, code and scratch memory for each number of rows that it meets: half a megabyte a product.
+    Prefill meets every number up to its chunk, which would be a gigabyte, and a delay at each first time.
+    """
+    if device.type != "cpu" or rows <= EXACT_ROWS:
+        return rows
+    return -(-rows // ROWS_STEP) * ROWS_STEP
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:

@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from engine.attention.base import StepAttention
-from engine.linear import Linear, make_linear
+from engine.linear import Linear, make_linear, rows_computed
 from engine.model_config import ModelConfig
 from engine.rope import RotaryEmbedding, rotate
 from engine.weights.base import Weights
@@ -53,12 +53,14 @@ class Decoder:
 
         `tokens` and `positions` are [rows of the step], int64, in the order that `attention` was planned for.
         """
-        hidden = functional.embedding(tokens, self._embedding)
-        rope = self._rope.tables(positions, hidden.dtype)
+        count = len(tokens)
+        spare = rows_computed(count, tokens.device) - count
+        hidden = functional.embedding(functional.pad(tokens, (0, spare)), self._embedding)
+        rope = self._rope.tables(functional.pad(positions, (0, spare)), hidden.dtype)
         for index, layer in enumerate(self._layers):
             query, key, value = self._query_key_value(layer, self._normed(hidden, layer.attention_norm), rope)
-            attended = attention.attend(index, query, key, value)
-            hidden = layer.output.add_to(hidden, attended.view(len(tokens), -1))
+            attended = attention.attend(index, query[:count], key[:count], value[:count]).view(count, -1)
+            hidden = layer.output.add_to(hidden, functional.pad(attended, (0, 0, 0, spare)) if spare else attended)
             gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, -1)
             hidden = layer.down.add_to(hidden, functional.silu(gate).mul_(up))
         if len(rows) == 0:
