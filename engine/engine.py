@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cluster.config import Dtype, Topology, WeightsFrom
@@ -22,12 +23,14 @@ from cluster.messages import Fence, FinishReason, Logprobs, ModelCard, Sampling
 from cluster.model_files import resolve_model
 from engine.attention.base import Span
 from engine.attention.torch_paged import TorchPagedAttention
+from engine.device import open_device
 from engine.kv_cache import KVCache
 from engine.model import Decoder
 from engine.pages import Owner, OwnerKind, PageLedger
 from engine.sampler import choose
 from engine.scheduler import Chunk, Scheduler, StepPlan
 from engine.sequence import Sequence
+from engine.shapes import ROWS, rounded, series
 from engine.weights import open_model
 
 __all__ = ["Engine", "EngineConfig", "Progress", "Sampled", "StepPlan", "StepResult"]
@@ -106,10 +109,9 @@ class Engine:
     """See the module's docstring. Raises `ModelError` or `ConfigError` when it can't be made."""
 
     def __init__(self, config: EngineConfig) -> None:
-        torch.set_num_threads(config.threads)
         files = open_model(config.model_path, config.weights)
         architecture = files.config
-        device = torch.device(config.device)
+        device = open_device(config.device, config.threads)
         self.model = ModelCard(
             config.model_name, _context_length(config, architecture.context_length), architecture.vocab_size
         )
@@ -222,39 +224,50 @@ class Engine:
         )
 
     def warm_up(self) -> None:
-        """Computes steps of several sizes, so that the first request finds kernels, memory and threads ready."""
+        """Computes steps of all sizes, so that the first request finds kernels, memory and threads ready."""
         owner = Owner(OwnerKind.WARMUP, WARM_UP)
         tokens = min(self._config.chunk_tokens, self.model.context_length, self.ledger.total * self.layout.page_size)
         pages = self.ledger.allocate(owner, self.layout.pages_for(tokens))
-        sampling = Sampling(max_tokens=1, seed=0, top_p=0.9)
         with torch.inference_mode():
+            for rows in series(self._config.chunk_tokens + self._config.max_running, ROWS):
+                self._decoder.warm_up(rows)
+            for rows in series(self._config.max_running, ROWS):
+                self._decoder.warm_up_head(rows)
+            self._attention.warm_up(pages[0], min(self.model.context_length, self.ledger.total * self.layout.page_size))
             for length in dict.fromkeys((tokens, max(1, tokens // 2), 1)):
-                prompt = Sequence(WARM_UP, [0] * length, [], sampling)
-                prompt.pages = pages
-                choose(self._logits([Chunk(prompt, 0, length)]), [prompt])
-            batch = 1
-            while batch <= min(self._config.max_running, len(pages)):
-                singles = [Sequence(WARM_UP, [0], [], sampling) for _ in range(batch)]
-                for single, page in zip(singles, pages, strict=False):
-                    single.pages = [page]
-                choose(self._logits([Chunk(single, 0, 1) for single in singles]), singles)
-                batch *= 2
+                self._warm_up_step(pages, [length])
+            for batch in series(min(self._config.max_running, len(pages)), ROWS):
+                self._warm_up_step(pages, [1] * min(batch, len(pages)))
         self.ledger.release(owner)
+
+    def _warm_up_step(self, pages: list[int], lengths: list[int]) -> None:
+        """One step of prompts of these lengths, each from a page of its own on."""
+        sampling = Sampling(max_tokens=1, seed=0, top_p=0.9)
+        chunks = [Chunk(Sequence(WARM_UP, [0] * length, [], sampling), 0, length) for length in lengths]
+        for first, chunk in enumerate(chunks):
+            chunk.sequence.pages = pages[first:]
+        choose(self._logits(chunks), [chunk.sequence for chunk in chunks])
 
     def _logits(self, chunks: list[Chunk]) -> torch.Tensor:
         """Computes the chunks' KV; the logits of the sequences that sample, [sequences, vocabulary]."""
         counts = np.array([chunk.stop - chunk.start for chunk in chunks])
         ends = np.cumsum(counts)
-        tokens = np.concatenate([np.array(chunk.sequence.tokens(chunk.start, chunk.stop)) for chunk in chunks])
-        positions = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+        rows = rounded(int(ends[-1]), ROWS)
+        tokens = self._padded([np.array(chunk.sequence.tokens(chunk.start, chunk.stop)) for chunk in chunks], rows)
+        positions = self._padded([np.arange(chunk.start, chunk.stop) for chunk in chunks], rows)
         spans = [
             Span(row, chunk.start, chunk.stop, chunk.sequence.pages)
             for row, chunk in zip((ends - counts).tolist(), chunks, strict=True)
         ]
-        rows = ends[[chunk.samples for chunk in chunks]] - 1
-        tensors = (torch.from_numpy(array).to(self._device) for array in (tokens, positions, rows))
-        token_ids, position_ids, sampled_rows = tensors
-        return self._decoder.forward(token_ids, position_ids, self._attention.plan(spans), sampled_rows)
+        sampling = ends[[chunk.samples for chunk in chunks]] - 1
+        sampled = self._padded([sampling], rounded(len(sampling), ROWS))
+        return self._decoder.forward(tokens, positions, self._attention.plan(spans, rows), sampled)[: len(sampling)]
+
+    def _padded(self, parts: list[npt.NDArray[np.int64]], size: int) -> torch.Tensor:
+        """All parts in a row, then zeros: int64 [size]."""
+        padded = np.zeros(size, dtype=np.int64)
+        np.concatenate(parts, out=padded[: sum(map(len, parts))])
+        return torch.from_numpy(padded).to(self._device)
 
 
 def _context_length(config: EngineConfig, models_own: int) -> int:

@@ -2,7 +2,8 @@
 
 On CPU, oneDNN reads weights in a blocked order; kept packed in it they are 1.5 to 2.5 times as fast at decode's small
 batches as `torch.nn.functional.linear`, which reorders or streams the plain ones. A packed product also gives a row the
-same bits whatever the other rows are, so what a request is answered does not depend on who else is in the batch.
+same bits whatever the other rows are (if there are any, see `engine.shapes`), so what a request is answered does not
+depend on who else is in the batch.
 """
 
 from __future__ import annotations
@@ -17,9 +18,6 @@ PACKED_DTYPES = (torch.float32, torch.bfloat16)
 TYPICAL_ROWS = 32
 """The batch size that oneDNN is asked to choose the blocking for; others work too."""
 
-EXACT_ROWS = 32
-ROWS_STEP = 16
-
 
 class Linear(Protocol):
     """x [rows, inputs] -> x W^T + bias [rows, outputs]. Called on the step loop's thread."""
@@ -28,17 +26,6 @@ class Linear(Protocol):
 
     def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
         """residual [rows, outputs] + self(inputs), as a new tensor."""
-
-
-def rows_computed(rows: int, device: torch.device) -> int:
-    """How many rows to compute for `rows` that are wanted; the others are there to make up the number.
-
-    oneDNN builds, and keeps, code and scratch memory for each number of rows that it meets: half a megabyte a product.
-    Prefill meets every number up to its chunk, which would be a gigabyte, and a delay at each first time.
-    """
-    if device.type != "cpu" or rows <= EXACT_ROWS:
-        return rows
-    return -(-rows // ROWS_STEP) * ROWS_STEP
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
@@ -62,11 +49,7 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """CPU, oneDNN; does not keep the plain weight. The operators are those that torch's own inductor emits.
-
-    A single row would be summed in another order than rows of a batch; it is computed twice instead, which costs
-    little: the time goes into reading the weights.
-    """
+    """CPU, oneDNN; does not keep the plain weight. The operators are those that torch's own inductor emits."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS)
@@ -75,14 +58,9 @@ class PackedLinear:
         self._product_and_sum = torch.ops.mkldnn._linear_pointwise.binary
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        product: Tensor = self._product(_at_least_two(inputs), self._weight, self._bias, "none", [], "")
-        return product[: len(inputs)]
+        product: Tensor = self._product(inputs, self._weight, self._bias, "none", [], "")
+        return product
 
     def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
-        rows, sums = _at_least_two(inputs), _at_least_two(residual)
-        total: Tensor = self._product_and_sum(rows, sums, self._weight, self._bias, "add")
-        return total[: len(inputs)]
-
-
-def _at_least_two(rows: Tensor) -> Tensor:
-    return torch.cat((rows, rows)) if len(rows) == 1 else rows
+        total: Tensor = self._product_and_sum(inputs, residual, self._weight, self._bias, "add")
+        return total

@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from engine.attention.base import StepAttention
-from engine.linear import Linear, make_linear, rows_computed
+from engine.linear import Linear, make_linear
 from engine.model_config import ModelConfig
 from engine.rope import RotaryEmbedding, rotate
 from engine.weights.base import Weights
@@ -53,19 +53,29 @@ class Decoder:
 
         `tokens` and `positions` are [rows of the step], int64, in the order that `attention` was planned for.
         """
-        count = len(tokens)
-        spare = rows_computed(count, tokens.device) - count
-        hidden = functional.embedding(functional.pad(tokens, (0, spare)), self._embedding)
-        rope = self._rope.tables(functional.pad(positions, (0, spare)), hidden.dtype)
+        hidden = functional.embedding(tokens, self._embedding)
+        rope = self._rope.tables(positions, hidden.dtype)
         for index, layer in enumerate(self._layers):
             query, key, value = self._query_key_value(layer, self._normed(hidden, layer.attention_norm), rope)
-            attended = attention.attend(index, query[:count], key[:count], value[:count]).view(count, -1)
-            hidden = layer.output.add_to(hidden, functional.pad(attended, (0, 0, 0, spare)) if spare else attended)
+            attended = attention.attend(index, query, key, value)
+            hidden = layer.output.add_to(hidden, attended.view(len(tokens), -1))
             gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, -1)
             hidden = layer.down.add_to(hidden, functional.silu(gate).mul_(up))
         if len(rows) == 0:
             return hidden.new_empty((0, self._config.vocab_size), dtype=torch.float32)
         return self._head(self._normed(hidden.index_select(0, rows), self._norm)).float()
+
+    def warm_up(self, rows: int) -> None:
+        """Computes the products of one layer for so many rows: the others' are of the same sizes."""
+        config, layer = self._config, self._layers[0]
+        hidden = self._embedding.new_zeros(rows, config.hidden_size)
+        layer.query_key_value(hidden)
+        layer.output.add_to(hidden, hidden.new_zeros(rows, config.heads * config.head_dim))
+        layer.gate_up(hidden)
+        layer.down.add_to(hidden, hidden.new_zeros(rows, config.intermediate_size))
+
+    def warm_up_head(self, rows: int) -> None:
+        self._head(self._embedding.new_zeros(rows, self._config.hidden_size))
 
     def _query_key_value(self, layer: _Layer, inputs: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """[rows, heads, head_dim], and twice [rows, kv_heads, head_dim]"""

@@ -32,12 +32,16 @@ class StepAttention(Protocol):
         """Stores `key` and `value` in the layer's pages, then attends causally, each row within its own sequence.
 
         query [rows, heads, head_dim]; key, value [rows, kv_heads, head_dim]; any strides. Returns
-        [rows, heads, head_dim], contiguous. Query head h reads key/value head h // (heads / kv_heads).
+        [rows, heads, head_dim], contiguous; what it says in padding rows means nothing. Query head h reads key/value
+        head h // (heads / kv_heads).
         """
 
 
 class AttentionBackend(Protocol):
     """Made over one `KVCache` by `engine.engine`."""
 
-    def plan(self, spans: Sequence[Span]) -> StepAttention:
-        """Prepares a step whose rows are exactly those of `spans`, in order."""
+    def warm_up(self, page: int, context: int) -> None:
+        """Makes whatever is made per size, for sequences of up to `context` tokens. May write to this page only."""
+
+    def plan(self, spans: Sequence[Span], rows: int) -> StepAttention:
+        """Prepares a step of so many rows: those of `spans`, in order, and padding behind them."""

@@ -1,9 +1,9 @@
 """Paged attention in plain torch: the CPU backend, and the reference for the others.
 
 Sequences attend in groups (`engine.attention.grouping`). Per group and layer: gather its pages head by head, then for
-each block of queries multiply, mask, softmax (summed in float32), multiply. Queries that share a key/value head are folded into
-one product, causal blocks stop at their last key. torch's own CPU kernel for scaled dot products is two to three times
-slower here in bfloat16, for decode's few queries and for prefill's many.
+each block of queries multiply, mask, softmax (summed in float32), multiply. Queries that share a key/value head are
+folded into one product, causal blocks stop at their last key. torch's own CPU kernel for scaled dot products is two to
+three times slower here in bfloat16, for decode's few queries and for prefill's many.
 
 Masked keys weigh nothing, but a stale NaN times nothing is NaN. So padding repeats a sequence's own pages, and a page
 that a step begins and leaves partly empty is zeroed first.
@@ -22,11 +22,15 @@ from torch import Tensor
 from engine.attention.base import Span
 from engine.attention.grouping import Extent, group_by_extent
 from engine.kv_cache import KVCache
+from engine.shapes import rounded, series
 
 BLOCK_QUERIES = 64
 """Queries of one product: its scores stay in the cache, and a causal prefill skips most of what it may not see."""
-BLOCK_SCORES = 1 << 22
-"""At most so many scores at once, as long as a block keeps a query."""
+SMALL_BLOCK_QUERIES = 16
+"""For short prompts, and where a whole block had too many scores."""
+BLOCK_SCORES = 1 << 23
+STEP_PAGES = 2
+"""Least step of `engine.shapes` for a group's pages."""
 
 Integers = npt.NDArray[np.int64]
 
@@ -55,7 +59,7 @@ class _Group(NamedTuple):
     members: int
     queries: int
     rows: Tensor | None
-    """The step's row of each query, [members * queries]; None where it is all rows in order."""
+    """The step's row of each query, [members * queries]; None where they are the first rows in order."""
     pages: Tensor
     """[members * pages per member]"""
     blocks: list[_Block]
@@ -78,7 +82,20 @@ class TorchPagedAttention:
         self._by_token = [cache.by_token(layer).unbind() for layer in range(cache.layout.layers)]
         self._workspace = torch.empty(0, dtype=cache.pool.dtype, device=cache.pool.device)
 
-    def plan(self, spans: Sequence[Span]) -> TorchStepAttention:
+    def warm_up(self, page: int, context: int) -> None:
+        layout = self._cache.layout
+        layers = {window: layer for layer, window in enumerate(self._windows)}.values()
+        for pages in series(layout.pages_for(context), STEP_PAGES):
+            stop = pages * layout.page_size
+            for queries in (1, SMALL_BLOCK_QUERIES, BLOCK_QUERIES):
+                start = max(0, stop - queries)
+                step = self.plan([Span(0, start, stop, [page] * pages)], stop - start)
+                query = self._workspace.new_zeros(stop - start, self._heads, layout.head_dim)
+                key = query[:, : layout.kv_heads]
+                for layer in layers:
+                    step.attend(layer, query, key, key)
+
+    def plan(self, spans: Sequence[Span], rows: int) -> TorchStepAttention:
         page_size = self._cache.layout.page_size
         begun = [
             span.pages[span.stop // page_size]
@@ -86,7 +103,7 @@ class TorchPagedAttention:
             if span.stop % page_size and span.stop // page_size * page_size >= span.start
         ]
         self._cache.clear(begun)
-        plans = {window: self._plan_window(spans, window) for window in set(self._windows)}
+        plans = {window: self._plan_window(spans, rows, window) for window in set(self._windows)}
         return TorchStepAttention(self, self._slots(spans), [plans[window] for window in self._windows])
 
     def _slots(self, spans: Sequence[Span]) -> _Slots:
@@ -95,17 +112,16 @@ class TorchPagedAttention:
         pages = np.concatenate([_repeat_pages(span, page_size) for span in spans])
         return _Slots(self._to_device(pages), self._to_device(positions % page_size))
 
-    def _plan_window(self, spans: Sequence[Span], window: int | None) -> _WindowPlan:
+    def _plan_window(self, spans: Sequence[Span], rows: int, window: int | None) -> _WindowPlan:
         page_size = self._cache.layout.page_size
         # The first page that any query of the span can see.
         firsts = [0 if window is None else max(0, span.start - window + 1) // page_size for span in spans]
         lasts = [-(-span.stop // page_size) for span in spans]
         extents = [
-            Extent(span.stop - span.start, (last - first) * page_size)
+            Extent(_padded_queries(span.stop - span.start), rounded(last - first, STEP_PAGES) * page_size)
             for span, first, last in zip(spans, firsts, lasts, strict=True)
         ]
         memberships = group_by_extent(extents)
-        rows = spans[-1].row + extents[-1].queries
         groups, members_rows = [], []
         for members in memberships:
             queries = max(extents[member].queries for member in members)
@@ -114,7 +130,7 @@ class TorchPagedAttention:
             member_firsts = [firsts[member] for member in members]
             query_rows = _padded_rows(member_spans, queries)
             members_rows.append(query_rows)
-            in_order = len(query_rows) == rows and bool((query_rows == np.arange(rows)).all())
+            in_order = len(memberships) == 1 and bool((query_rows == np.arange(len(query_rows))).all())
             groups.append(
                 _Group(
                     len(members),
@@ -124,9 +140,9 @@ class TorchPagedAttention:
                     list(self._blocks(member_spans, member_firsts, queries, window)),
                 )
             )
-        if len(groups) == 1 and groups[0].rows is None:
+        if groups[0].rows is None and len(members_rows[0]) == rows:
             return _WindowPlan(groups, None)
-        order = np.empty(rows, dtype=np.int64)
+        order = np.zeros(rows, dtype=np.int64)
         concatenated = np.concatenate(members_rows)
         # A padded query repeats its sequence's last row: whichever of the equal results is kept is right.
         order[concatenated] = np.arange(len(concatenated))
@@ -138,12 +154,13 @@ class TorchPagedAttention:
         starts = np.array([span.start - first * page_size for span, first in zip(spans, firsts, strict=True)])
         counts = np.array([span.stop - span.start for span in spans])
         longest = int((starts + counts).max())
-        size = max(1, min(BLOCK_QUERIES, BLOCK_SCORES // (self._heads * len(spans) * longest)))
+        small = BLOCK_QUERIES * self._heads * len(spans) * longest > BLOCK_SCORES
+        size = min(queries, SMALL_BLOCK_QUERIES if small else BLOCK_QUERIES)
         blocks = []
         for begin in range(0, queries, size):
-            end = min(begin + size, queries)
+            end = begin + size
             seen = starts[:, None] + np.minimum(np.arange(begin, end), counts[:, None] - 1)
-            keys = -(-(int(seen.max()) + 1) // page_size) * page_size
+            keys = rounded(int(seen.max()) // page_size + 1, STEP_PAGES) * page_size
             masked_from = 0 if window is not None else int(seen.min()) + 1
             key = np.arange(masked_from, keys)
             hidden = key > seen[..., None]
@@ -155,8 +172,8 @@ class TorchPagedAttention:
 
     def write(self, layer: int, slots: _Slots, key: Tensor, value: Tensor) -> None:
         keys, values = self._by_token[layer]
-        keys.index_put_(slots, key)
-        values.index_put_(slots, value)
+        keys.index_put_(slots, key[: len(slots.pages)])
+        values.index_put_(slots, value[: len(slots.pages)])
 
     def gather(self, layer: int, group: _Group) -> Tensor:
         """Keys and values of a group, [2, kv_heads, members, keys, head_dim]; valid until the next call."""
@@ -192,12 +209,13 @@ class TorchStepAttention:
     def _attend_group(self, layer: int, group: _Group, query: Tensor) -> Tensor:
         keys, values = self._backend.gather(layer, group)
         kv_heads, head_dim = keys.shape[0], keys.shape[-1]
-        rows = (query if group.rows is None else query.index_select(0, group.rows)) * head_dim**-0.5
+        count = group.members * group.queries
+        rows = (query[:count] if group.rows is None else query.index_select(0, group.rows)) * head_dim**-0.5
         # [kv_heads, members, query heads of one key/value head, queries, head_dim]
         folded = rows.view(group.members, group.queries, kv_heads, -1, head_dim).permute(2, 0, 3, 1, 4)
         blocks = [_attend_block(block, folded, keys, values) for block in group.blocks]
         output = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 3)
-        return output.permute(1, 3, 0, 2, 4).contiguous().view(group.members * group.queries, -1, head_dim)
+        return output.permute(1, 3, 0, 2, 4).contiguous().view(count, -1, head_dim)
 
 
 def _attend_block(block: _Block, folded: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -209,6 +227,12 @@ def _attend_block(block: _Block, folded: Tensor, keys: Tensor, values: Tensor) -
     scores.view(kv_heads, members, shared, queries, block.keys)[..., block.masked_from :].add_(block.mask)
     weights = torch.softmax(scores, -1)
     return torch.matmul(weights, values[:, :, : block.keys]).view(kv_heads, members, shared, queries, head_dim)
+
+
+def _padded_queries(queries: int) -> int:
+    """One, as decodes have, or whole blocks."""
+    sizes = (1, SMALL_BLOCK_QUERIES)
+    return next((size for size in sizes if queries <= size), -(-queries // BLOCK_QUERIES) * BLOCK_QUERIES)
 
 
 def _repeat_pages(span: Span, page_size: int) -> Integers:

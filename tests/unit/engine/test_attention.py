@@ -59,10 +59,12 @@ class Bench:
                 pages.append(self.free.pop())
             spans.append(Span(row, start, start + count, pages))
             row += count
-        step = self.backend.plan(spans)
+        padding = row % 3
+        step = self.backend.plan(spans, row + padding)
         for layer in range(LAYERS):
             query, key, value = (
-                torch.randn(row, heads, HEAD_DIM, generator=self.generator) for heads in (HEADS, KV_HEADS, KV_HEADS)
+                torch.randn(row + padding, heads, HEAD_DIM, generator=self.generator)
+                for heads in (HEADS, KV_HEADS, KV_HEADS)
             )
             found = step.attend(layer, query, key, value)
             assert found.is_contiguous()
