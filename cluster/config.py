@@ -73,6 +73,8 @@ class KV(Section, frozen=True):
     transfer: TransferName = TransferName.NIXL
     verify_digests: bool = True
     """Decode checks each page's digest before it reads from it."""
+    prefix_cache: bool = True
+    """Pages of earlier requests serve prompts that begin alike: they are neither computed nor sent again."""
 
 
 class Bootstrap(Section, frozen=True):

@@ -100,7 +100,9 @@ class Load(msgspec.Struct, frozen=True):
     steps: int = 0
     ready: bool = True
     owners: dict[str, int] = {}
-    """Pages by kind of owner; sums to `pages_used`."""
+    """Pages in use, by kind of owner; sums to `pages_used`."""
+    pages_cached: int = 0
+    """Pages that only the prefix cache has: they are given to whoever needs pages."""
     stale_messages: int = 0
     """Messages refused for their fence, since the engine process's start."""
 
@@ -162,6 +164,8 @@ class AttemptStarted(Message, frozen=True):
 
     fence: Fence
     role: Role
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was here already, where the leg prefills."""
 
 
 class Logprobs(msgspec.Struct, frozen=True):

@@ -142,9 +142,9 @@ class DecodeLoop:
         plan = self._engine.plan()
         if plan is None:
             return bool(events)
-        for fence in plan.started:
-            if self._attempts[fence].machine.accepts(state.PrefillStarted):
-                self._feed(fence, state.PrefillStarted(), now)
+        for sequence in plan.started:
+            if self._attempts[sequence.key].machine.accepts(state.PrefillStarted):
+                self._feed(sequence.key, state.PrefillStarted(sequence.cached), now)
         self._compute(plan)
         return True
 
@@ -194,21 +194,30 @@ class DecodeLoop:
 
     def _lease_pages(self, now: float) -> None:
         """Grants pages in the order of the offers; the first that must wait holds up the rest, so none starves."""
-        ledger, layout = self._engine.ledger, self._engine.layout
         while self._wanting:
             fence = self._wanting[0]
             attempt = self._attempts.get(fence)
             if attempt is not None and attempt.machine.state is DecodeState.OFFERED:
-                message = attempt.machine.attempt
-                granted = layout.pages_for(len(message.prompt) + len(message.output))
-                needed = self._pages_of(message)
-                if needed > ledger.free:
+                if not self._lease(fence, attempt.machine.attempt):
                     return
-                pages = ledger.allocate(Owner(OwnerKind.LEASE, fence), granted)
-                ledger.allocate(Owner(OwnerKind.RESERVED, fence), needed - granted)
-                self._receiver.grant(fence, pages)
                 self._feed(fence, state.PagesLeased(), now)
             self._wanting.popleft()
+
+    def _lease(self, fence: Fence, attempt: DecodeAttempt) -> bool:
+        """Grants the pages that are not here already, and keeps those that the output may need. False if there are too
+        few."""
+        prefixes, layout = self._engine.prefixes, self._engine.layout
+        tokens = attempt.prompt + attempt.output
+        present = len(prefixes.acquire(fence, tokens))
+        granted = layout.pages_for(len(tokens)) - present
+        reserved = self._pages_of(attempt) - present - granted
+        if granted + reserved > prefixes.available:
+            prefixes.release(fence)
+            return False
+        pages = prefixes.allocate(Owner(OwnerKind.LEASE, fence), granted)
+        prefixes.allocate(Owner(OwnerKind.RESERVED, fence), reserved)
+        self._receiver.grant(fence, pages, skip_tokens=present * layout.page_size)
+        return True
 
     def _pages_of(self, message: DecodeAttempt) -> int:
         """All that it may ever need: the last token's KV is never computed."""
@@ -237,6 +246,7 @@ class DecodeLoop:
             case state.QuarantinePages():
                 ledger.move(Owner(OwnerKind.LEASE, fence), Owner(OwnerKind.QUARANTINE, fence))
                 ledger.release(Owner(OwnerKind.RESERVED, fence))
+                self._engine.prefixes.release(fence)
             case state.DropSequence():
                 self._engine.cancel(fence)
             case state.ReleasePages():
@@ -260,14 +270,15 @@ class DecodeLoop:
 
     def load(self) -> Load:
         ledger = self._engine.ledger
-        owners = ledger.counts()
+        owners = self._engine.owners()
         awaiting = sum(attempt.machine.state in WAITING_STATES for attempt in self._attempts.values())
         return Load(
             queued=awaiting + self._engine.queued,
             queued_tokens=self._engine.queued_tokens,
             running=self._engine.running,
-            pages_used=ledger.used,
+            pages_used=self._engine.pages_used,
             pages_total=ledger.total,
+            pages_cached=self._engine.prefixes.evictable,
             pages_quarantined=owners.get(OwnerKind.QUARANTINE.value, 0),
             transfers=self._receiver.active,
             steps=self._engine.steps,

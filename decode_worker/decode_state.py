@@ -63,7 +63,9 @@ class HandoffFailed(msgspec.Struct, frozen=True):
 
 
 class PrefillStarted(msgspec.Struct, frozen=True):
-    """Unified: its first chunk is about to be computed."""
+    """Unified: its first chunk is about to be computed; KV of the first `cached` tokens is here already."""
+
+    cached: int = 0
 
 
 class ChunkComputed(msgspec.Struct, frozen=True):
@@ -149,6 +151,7 @@ class DecodeMachine(StateMachine[Action]):
         self._prefilled_at = now
         self._running_since = now
         self._chunks = 0
+        self._cached = 0
         self._steps = 0
         self._batch_sum = 0
 
@@ -171,7 +174,8 @@ class DecodeMachine(StateMachine[Action]):
 
     def _prefill_started(self, event: PrefillStarted, now: float) -> list[Action]:
         self._prefill_started_at = now
-        return [Report(AttemptStarted(self.attempt.fence, Role.DECODE))]
+        self._cached = event.cached
+        return [Report(AttemptStarted(self.attempt.fence, Role.DECODE, event.cached))]
 
     def _chunk_computed(self, event: ChunkComputed, now: float) -> list[Action]:
         self._chunks += 1
@@ -220,7 +224,7 @@ class DecodeMachine(StateMachine[Action]):
                 queue_seconds=self._prefill_started_at - self._received_at,
                 compute_seconds=self._prefilled_at - self._prefill_started_at,
                 tokens=len(self.attempt.prompt) + len(self.attempt.output),
-                cached_tokens=0,
+                cached_tokens=self._cached,
                 chunks=self._chunks,
             )
         timings = DecodeTimings(

@@ -27,6 +27,7 @@ from engine.device import open_device
 from engine.kv_cache import KVCache
 from engine.model import Decoder
 from engine.pages import Owner, OwnerKind, PageLedger
+from engine.prefix_cache import PrefixCache
 from engine.sampler import choose
 from engine.scheduler import Chunk, Scheduler, StepPlan
 from engine.sequence import Sequence
@@ -56,6 +57,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens of one step, over all sequences."""
     context_length: int | None = None
     """Shortens the model's own."""
+    prefix_cache: bool = True
     threads: int = 1
     """Of torch's operators, on CPU."""
     device: str = "cpu"
@@ -73,6 +75,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_running=max_running,
             chunk_tokens=chunk_tokens,
             context_length=topology.model.context_length,
+            prefix_cache=topology.kv.prefix_cache,
             threads=threads,
         )
 
@@ -131,7 +134,10 @@ class Engine:
         self._cache = KVCache(self.layout, config.pool_pages + TRIAL_PAGES, device)
         self._attention = TorchPagedAttention(self._cache, architecture.heads, architecture.windows)
         self._decoder = Decoder(architecture, files.weights, getattr(torch, config.dtype.value), device)
-        self._scheduler = Scheduler(self.ledger, config.page_size, config.max_running, config.chunk_tokens)
+        self.prefixes = PrefixCache(self.ledger, config.page_size, enabled=config.prefix_cache)
+        self._scheduler = Scheduler(
+            self.ledger, self.prefixes, config.page_size, config.max_running, config.chunk_tokens
+        )
 
     @property
     def pool_address(self) -> int:
@@ -146,6 +152,17 @@ class Engine:
     @property
     def page_bytes(self) -> int:
         return self._cache.page_bytes
+
+    @property
+    def pages_used(self) -> int:
+        """Pages that somebody needs; what is only cached is free for all who ask."""
+        return self.ledger.used - self.prefixes.evictable
+
+    def owners(self) -> dict[str, int]:
+        """Pages in use by kind of owner; sums to `pages_used`."""
+        counts = self.ledger.counts()
+        counts[OwnerKind.CACHED.value] -= self.prefixes.evictable
+        return counts
 
     @property
     def queued(self) -> int:
@@ -188,7 +205,8 @@ class Engine:
         return self._scheduler.cancel(key)
 
     def release(self, key: Fence) -> None:
-        """Gives back the pages of a sequence that has finished or was cancelled."""
+        """Gives back the pages of a sequence that has finished or was cancelled; full ones stay in the prefix cache."""
+        self.prefixes.release(key)
         self.ledger.release(Owner(OwnerKind.SEQUENCE, key))
 
     def step(self) -> StepResult | None:
@@ -213,7 +231,7 @@ class Engine:
         finished = self._scheduler.commit(plan, [choice.token for choice in choices])
         self.steps += 1
         return StepResult(
-            started=plan.started,
+            started=[sequence.key for sequence in plan.started],
             progress=[Progress(chunk.sequence.key, chunk.stop, chunk.sequence.prefill_end) for chunk in prefills],
             sampled=[
                 Sampled(sequence.key, offset, choice.token, choice.logprobs, reason)

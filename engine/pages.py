@@ -22,6 +22,8 @@ class OwnerKind(str, Enum):
     """Kept for what a leased sequence will need once it decodes."""
     QUARANTINE = "quarantine"
     """Given up, but a remote write may still land."""
+    CACHED = "cached"
+    """Holds a prefix, see `engine.prefix_cache`; shared by the sequences that refer to it."""
     WARMUP = "warmup"
 
 
@@ -80,6 +82,13 @@ class PageLedger:
         """All pages of `owner` become `to`'s, after those it has, in order. Without pages there is nothing to do."""
         if owner != to and (pages := self._owned.pop(owner, None)):
             self._owned.setdefault(to, []).extend(pages)
+
+    def give(self, owner: Owner, page: int, to: Owner) -> None:
+        """One page of `owner` becomes `to`'s. Raises `ValueError` if it is not `owner`'s."""
+        self._owned.get(owner, []).remove(page)
+        if not self._owned[owner]:
+            del self._owned[owner]
+        self._owned.setdefault(to, []).append(page)
 
     def release(self, owner: Owner) -> int:
         """Frees all pages of `owner` and returns how many; 0 for an unknown owner."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from cluster.messages import Fence, FinishReason
 from engine.pages import Owner, OwnerKind, PageLedger
+from engine.prefix_cache import PrefixCache
 from engine.sequence import Sequence
 
 
@@ -38,7 +39,7 @@ class StepPlan(NamedTuple):
     """One step's work: decodes first, then prefills, each in order of admission."""
 
     chunks: list[Chunk]
-    started: list[Fence]
+    started: list[Sequence]
     """Keys of those of which this is the first step."""
 
     @property
@@ -50,8 +51,11 @@ class StepPlan(NamedTuple):
 class Scheduler:
     """Holds each sequence from `submit` until it finishes or is cancelled. Allocates pages, never frees them."""
 
-    def __init__(self, ledger: PageLedger, page_size: int, max_running: int, chunk_tokens: int) -> None:
+    def __init__(
+        self, ledger: PageLedger, prefixes: PrefixCache, page_size: int, max_running: int, chunk_tokens: int
+    ) -> None:
         self._ledger = ledger
+        self._prefixes = prefixes
         self._page_size = page_size
         self._max_running = max_running
         self._chunk_tokens = chunk_tokens
@@ -61,14 +65,15 @@ class Scheduler:
         self._unstarted: set[Fence] = set()
 
     def submit(self, sequence: Sequence) -> None:
-        """Queues it. Pages that Owner(SEQUENCE, key) holds already are its first ones; `computed` tokens are there.
+        """Queues it. Its first pages are those of the prefix cache that its key refers to, and then those that
+        Owner(SEQUENCE, key) has; KV of `computed` tokens is in them.
 
         Raises `ValueError` for a key that is here already, or for what can never run: no token without KV, none left to
         sample, more KV than its pages hold, or more pages than the pool has.
         """
         if sequence.key in self._unstarted or sequence.key in self._running:
             raise ValueError(f"sequence {sequence.key} was submitted twice")
-        sequence.pages = self._ledger.pages_of(_owner(sequence))
+        sequence.pages = self._prefixes.pages_of(sequence.key) + self._ledger.pages_of(_owner(sequence))
         held = len(sequence.pages) * self._page_size
         runnable = sequence.pending >= 1 and sequence.length <= sequence.capacity and sequence.computed <= held
         if not runnable or self._pages_for(sequence) > self._ledger.total:
@@ -80,10 +85,13 @@ class Scheduler:
         queue = self._waiting if self._missing(sequence) else self._paged
         queue[sequence.key] = sequence
         self._unstarted.add(sequence.key)
+        self._keep_prefix(sequence)
 
     def cancel(self, key: Fence) -> bool:
         """Drops the sequence wherever it is; its pages stay its own. False if there is none."""
         self._unstarted.discard(key)
+        if key in self._running:
+            self._keep_prefix(self._running[key])
         return any(queue.pop(key, None) is not None for queue in (self._running, self._waiting, self._paged))
 
     def plan(self) -> StepPlan | None:
@@ -103,14 +111,17 @@ class Scheduler:
                 prefills.append(Chunk(sequence, sequence.computed, sequence.computed + count))
                 budget -= count
         chunks = decodes + prefills
-        return StepPlan(chunks, [chunk.sequence.key for chunk in chunks if chunk.sequence.key in self._unstarted])
+        return StepPlan(chunks, [chunk.sequence for chunk in chunks if chunk.sequence.key in self._unstarted])
 
     def commit(self, plan: StepPlan, tokens: Iterable[int]) -> list[FinishReason | None]:
         """Takes the tokens of `plan.sampling`; says for each whether its sequence has finished, and so has left."""
         sampling = plan.sampling
         for chunk in plan.chunks:
+            prefills = chunk.prefills
             chunk.sequence.computed = chunk.stop
-        self._unstarted.difference_update(plan.started)
+            if prefills:
+                self._keep_prefix(chunk.sequence)
+        self._unstarted.difference_update(sequence.key for sequence in plan.started)
         return [self._append(sequence, token) for sequence, token in zip(sampling, tokens, strict=True)]
 
     @property
@@ -132,11 +143,31 @@ class Scheduler:
     def _admit(self, queue: OrderedDict[Fence, Sequence]) -> None:
         while queue and len(self._running) < self._max_running:
             sequence = next(iter(queue.values()))
-            missing = self._missing(sequence)
-            if missing > self._ledger.free:
+            if not self._find_pages(sequence):
                 return
-            sequence.pages += self._ledger.allocate(_owner(sequence), missing)
             self._running[sequence.key] = queue.pop(sequence.key)
+
+    def _find_pages(self, sequence: Sequence) -> bool:
+        """Gives it all the pages that it may ever need, cached ones first; False, and nothing, if there are too few."""
+        # The last token is computed in any case: its logits are wanted.
+        reusable = 0 if sequence.pages else (sequence.length - 1) // self._page_size
+        if self._missing(sequence) - reusable > self._prefixes.available:
+            return False
+        if reusable:
+            sequence.pages = self._prefixes.acquire(sequence.key, sequence.tokens(0, sequence.length - 1))
+        missing = self._missing(sequence)
+        if missing > self._prefixes.available:
+            self._prefixes.release(sequence.key)
+            sequence.pages = []
+            return False
+        if reusable:
+            sequence.computed = sequence.cached = len(sequence.pages) * self._page_size
+        sequence.pages += self._prefixes.allocate(_owner(sequence), missing)
+        return True
+
+    def _keep_prefix(self, sequence: Sequence) -> None:
+        """What it has computed may serve others from now on."""
+        self._prefixes.insert(sequence.key, _owner(sequence), sequence.tokens(0, sequence.computed), sequence.pages)
 
     def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
         sequence.output.append(token)
@@ -146,6 +177,7 @@ class Scheduler:
         elif len(sequence.output) >= sequence.sampling.max_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:
+            self._keep_prefix(sequence)
             del self._running[sequence.key]
         return reason
 

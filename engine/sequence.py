@@ -15,7 +15,7 @@ class Sequence:
     `output` may begin with tokens of earlier attempts; `sampling.max_tokens` counts them too.
     """
 
-    __slots__ = ("computed", "key", "output", "pages", "prefill_end", "prompt", "sampling")
+    __slots__ = ("cached", "computed", "key", "output", "pages", "prefill_end", "prompt", "sampling")
 
     def __init__(self, key: Fence, prompt: list[int], output: list[int], sampling: Sampling, computed: int = 0) -> None:
         self.key = key
@@ -23,6 +23,8 @@ class Sequence:
         self.sampling = sampling
         self.output = output
         self.computed = computed
+        self.cached = 0
+        """Tokens whose KV was in the prefix cache when it was admitted."""
         self.pages: list[int] = []
         self.prefill_end = computed if computed and self.pending == 1 else self.length
         """Where prefill ends: positions below it are the prompt's (and earlier attempts') to compute; those from it

@@ -6,7 +6,7 @@ Owns the attempts. The pages belong to the engine's ledger, the handoffs to the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -36,7 +36,6 @@ from cluster.messages import (
     ToRouter,
 )
 from engine.engine import Engine, StepPlan, StepResult
-from engine.pages import Owner, OwnerKind
 from engine.sequence import Sequence
 from kv_transfer.sender import HandoffSender
 from prefill_worker import prefill_state as state
@@ -49,6 +48,8 @@ log = get_logger(__name__)
 class _Attempt:
     router: str
     machine: PrefillMachine
+    pages: list[int] = field(default_factory=list)
+    """Of its sequence, in order; known from its start on."""
 
 
 class PrefillLoop:
@@ -128,8 +129,9 @@ class PrefillLoop:
         if plan is None:
             return bool(ended)
         # Offers leave before the chunk is computed, so that grants wait for us and not we for them.
-        for fence in plan.started:
-            self._feed(fence, state.Started(), now)
+        for sequence in plan.started:
+            self._attempts[sequence.key].pages = sequence.pages
+            self._feed(sequence.key, state.Started(sequence.cached), now)
         self._compute(plan)
         return True
 
@@ -169,7 +171,7 @@ class PrefillLoop:
                 assert decode is not None
                 self._sender.offer(fence, decode, tokens)
             case state.Share(computed=computed):
-                self._sender.computed(fence, self._engine.ledger.pages_of(Owner(OwnerKind.SEQUENCE, fence)), computed)
+                self._sender.computed(fence, attempt.pages, computed)
             case state.Complete(first_token=token):
                 self._sender.finish(fence, token)
             case state.StopHandoff(error=error):
@@ -189,11 +191,12 @@ class PrefillLoop:
             queued=self._engine.queued,
             queued_tokens=self._engine.queued_tokens,
             running=len(self._attempts) - self._engine.queued,
-            pages_used=ledger.used,
+            pages_used=self._engine.pages_used,
             pages_total=ledger.total,
+            pages_cached=self._engine.prefixes.evictable,
             transfers=self._sender.active,
             steps=self._engine.steps,
-            owners=ledger.counts(),
+            owners=self._engine.owners(),
             stale_messages=self._stale + sum(self._sender.stale.values()),
         )
 

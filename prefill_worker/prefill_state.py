@@ -45,7 +45,9 @@ class PrefillState(Enum):
 
 
 class Started(msgspec.Struct, frozen=True):
-    """Its first chunk is about to be computed."""
+    """Its first chunk is about to be computed; KV of the first `cached` tokens is in its pages already."""
+
+    cached: int = 0
 
 
 class ChunkComputed(msgspec.Struct, frozen=True):
@@ -141,15 +143,19 @@ class PrefillMachine(StateMachine[Action]):
         self._started_at = now
         self._computed_at = now
         self._chunks = 0
+        self._cached = 0
         self._reason = FinishReason.CANCELLED
         """Of a leg that ends without a handoff."""
 
     def _start(self, event: Started, now: float) -> list[Action]:
         self._started_at = now
+        self._cached = event.cached
         self.to(PrefillState.COMPUTING)
-        actions: list[Action] = [Report(AttemptStarted(self.attempt.fence, Role.PREFILL))]
+        actions: list[Action] = [Report(AttemptStarted(self.attempt.fence, Role.PREFILL, event.cached))]
         if self.attempt.decode is not None:
             actions.append(Offer(self._tokens))
+            if event.cached:
+                actions.append(Share(event.cached))
         return actions
 
     def _share(self, event: ChunkComputed, now: float) -> list[Action]:
@@ -203,7 +209,7 @@ class PrefillMachine(StateMachine[Action]):
             queue_seconds=self._started_at - self._queued_at,
             compute_seconds=self._computed_at - self._started_at,
             tokens=self._tokens,
-            cached_tokens=0,
+            cached_tokens=self._cached,
             chunks=self._chunks,
         )
         return Report(

@@ -221,6 +221,7 @@ class Dispatcher:
         if isinstance(message, AttemptStarted):
             if trace.started_at is None:
                 trace.started_at = self._clock.now()
+            trace.cached_tokens = max(trace.cached_tokens, message.cached_tokens)
             self.handle(choice, LegStarted(message.role))
         elif isinstance(message, AttemptFinished):
             event = LegFinished(message.role, message.reason, message.prefill, message.handoff, message.decode)

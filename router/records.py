@@ -66,6 +66,8 @@ class ChoiceTrace:
     first_token_at: float | None = None
     last_token_at: float | None = None
     ended_at: float | None = None
+    cached_tokens: int = 0
+    """Prompt tokens that the prefilling leg did not have to compute."""
     output_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None

@@ -56,7 +56,7 @@ class Exchange:
         traces = [choice.trace for choice in self._generation.choices]
         prompt = sum(len(prompt) for prompt in self.plan.prompts)
         completion = sum(output.tokens for output in self._outputs)
-        cached = sum(trace.prefill.cached_tokens for trace in traces[:: self.plan.n] if trace.prefill is not None)
+        cached = sum(trace.cached_tokens for trace in traces[:: self.plan.n])
         return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
     def _delivered(self, event: Delivered) -> Progress | None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.messages import FinishReason, Sampling
 from engine.pages import Owner, OwnerKind, PageLedger
+from engine.prefix_cache import PrefixCache
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 
@@ -22,7 +23,8 @@ def sequence(key, prompt, max_tokens=1, output=(), computed=0):
 
 def scheduler(pages=100, max_running=8, chunk_tokens=16):
     ledger = PageLedger(pages)
-    return Scheduler(ledger, PAGE, max_running, chunk_tokens), ledger
+    prefixes = PrefixCache(ledger, PAGE, enabled=False)
+    return Scheduler(ledger, prefixes, PAGE, max_running, chunk_tokens), ledger
 
 
 def step(scheduler, token=1):
@@ -84,7 +86,7 @@ def test_handed_over_kv_enters_past_those_that_wait_for_pages():
     plan = run.plan()
     assert [(chunk.start, chunk.stop, chunk.prefills, chunk.samples) for chunk in plan.chunks] == [(8, 9, False, True)]
     assert plan.chunks[0].sequence.pages == pages
-    assert plan.started == ["handed over"]
+    assert [one.key for one in plan.started] == ["handed over"]
     assert ledger.used == 3
 
 
@@ -101,7 +103,7 @@ def test_a_one_token_prompt_is_prefilled():
     run, _ = scheduler()
     run.submit(sequence("a", 1, max_tokens=2))
     plan = run.plan()
-    assert (plan.chunks[0].prefills, plan.started) == (True, ["a"])
+    assert (plan.chunks[0].prefills, [one.key for one in plan.started]) == (True, ["a"])
     run.commit(plan, [1])
     assert not run.plan().chunks[0].prefills
 

@@ -60,7 +60,9 @@ TINY_LLAMA = {
 }
 
 
-def tiny_engine(folder: Path, *, pool_pages: int = 64, max_running: int = 16, chunk_tokens: int = 16) -> Engine:
+def tiny_engine(
+    folder: Path, *, pool_pages: int = 64, max_running: int = 16, chunk_tokens: int = 16, prefix_cache: bool = True
+) -> Engine:
     """Random weights, the same in each engine; pages of 4 tokens."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
@@ -74,6 +76,7 @@ def tiny_engine(folder: Path, *, pool_pages: int = 64, max_running: int = 16, ch
             pool_pages=pool_pages,
             max_running=max_running,
             chunk_tokens=chunk_tokens,
+            prefix_cache=prefix_cache,
         )
     )
 
@@ -207,7 +210,8 @@ class Pair:
     def assert_nothing_left(self) -> None:
         for engine in self.engines.values():
             engine.ledger.check()
-            assert engine.ledger.used == 0, engine.ledger.counts()
+            engine.prefixes.check()
+            assert engine.pages_used == sum(engine.owners().values()) == 0, engine.owners()
         assert self.sender.active == self.receiver.active == 0
         for loop in (self.prefill, self.decode):
             load = loop.load()

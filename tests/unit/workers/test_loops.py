@@ -24,9 +24,10 @@ from tests.unit.workers.pair import DECODE_EPOCH, PREFILL_EPOCH, ROUTER, Pair, t
 GREEDY = Sampling(max_tokens=6, seed=1, temperature=0.0)
 
 
-@pytest.fixture
-def pair(tmp_path):
-    return Pair(tiny_engine(tmp_path / "m"), tiny_engine(tmp_path / "m"))
+@pytest.fixture(params=[True, False], ids=["prefix-cache", "no-cache"])
+def pair(tmp_path, request):
+    engines = [tiny_engine(tmp_path / "m", prefix_cache=request.param) for _ in range(2)]
+    return Pair(*engines)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -237,7 +238,7 @@ def test_leased_pages_of_a_dead_writer_come_back_with_proof_of_its_death_only(pa
         pair.clock.advance(1.0)
         pair.decode.step(pair.clock.now())
         pair.ports["decode"].run()
-    assert pair.engines["decode"].ledger.used == 0
+    assert pair.engines["decode"].pages_used == 0
 
 
 def test_random_requests_and_cancels_leave_nothing_behind(pair):
