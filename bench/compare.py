@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,15 @@ from bench.cluster import Cluster
 from bench.load import LONG, LoadGenerator, Observed
 from bench.measure import FIGURES, HandoffShape, Measurement, measure, typical_handoff
 from bench.memcpy import Copied, measure_memcpy
+from bench.processes import busy_seconds, own_seconds
 from bench.records import Record, fetch_records
 from bench.statistics import Repeated
 from bench.workload import Prompts, Workload
 
 OPTIONS: Mapping[str, Any] = {"ignore_eos": True, "temperature": 0, "return_token_ids": True}
 """Of each request: random prompts must not end early, and chunks tell how many tokens they carry."""
+
+OTHERS = "others"
 
 
 class Contender(NamedTuple):
@@ -83,10 +87,13 @@ def run_round(cluster: Cluster, workload: Workload, seed: int) -> Round:
     """Plays `workload` on a cluster that is up, and measures."""
     card = cluster.workers()[0].member.model
     tree = cluster.tree
+    cores = os.sched_getaffinity(0)
     edges: dict[str, dict[str, float]] = {}
 
     def mark(edge: str) -> None:
-        edges[edge] = tree.cpu_seconds()
+        members = tree.cpu_seconds()
+        ours = sum(members.values()) + own_seconds()
+        edges[edge] = members | {OTHERS: busy_seconds(cores) - ours}
 
     async def play() -> tuple[Observed, list[Record]]:
         timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
@@ -99,7 +106,8 @@ def run_round(cluster: Cluster, workload: Workload, seed: int) -> Round:
 
     observed, records = asyncio.run(play())
     spent = {name: seconds - edges["start"].get(name, 0.0) for name, seconds in edges["end"].items()}
-    return Round(measure(observed, records, spent), typical_handoff(records))
+    others = spent.pop(OTHERS) / (observed.seconds * len(cores))
+    return Round(measure(observed, records, spent, others), typical_handoff(records))
 
 
 def _result(contender: Contender, rounds: list[Measurement]) -> Result:

@@ -53,6 +53,8 @@ class Measurement(msgspec.Struct, frozen=True):
     short_requests: int
     long_requests: int
     errors: list[str]
+    others_share: float | None = None
+    """Of the cores' time in the window, what went to processes that take no part; None if it was not looked at."""
 
 
 class HandoffShape(NamedTuple):
@@ -62,7 +64,12 @@ class HandoffShape(NamedTuple):
     pages: int
 
 
-def measure(observed: Observed, records: Sequence[Record], cpu_seconds: Mapping[str, float]) -> Measurement:
+def measure(
+    observed: Observed,
+    records: Sequence[Record],
+    cpu_seconds: Mapping[str, float],
+    others_share: float | None = None,
+) -> Measurement:
     """`records` are of the long requests; `cpu_seconds` are those spent in the window, by process."""
     tokens = sum(line.tokens_between(observed.start, observed.end) for line in observed.timelines)
     per_thousand = {name: seconds / tokens * 1e3 for name, seconds in cpu_seconds.items()} if tokens else {}
@@ -75,6 +82,7 @@ def measure(observed: Observed, records: Sequence[Record], cpu_seconds: Mapping[
         short_requests=len(observed.sent(SHORT)),
         long_requests=len(observed.sent(LONG)),
         errors=observed.errors,
+        others_share=others_share,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 import psutil
@@ -43,6 +43,18 @@ class ProcessTree:
             with suppress(psutil.NoSuchProcess):
                 name = _member_name(child)
                 yield from ((name, process) for process in (child, *child.children(recursive=True)))
+
+
+def busy_seconds(cores: Iterable[int]) -> float:
+    """Time for which these cores were not idle since the machine's start, whoever used them."""
+    times = psutil.cpu_times(percpu=True)
+    return float(sum(sum(times[core]) - times[core].idle - times[core].iowait for core in cores))
+
+
+def own_seconds() -> float:
+    """User plus system time of this process."""
+    times = psutil.Process().cpu_times()
+    return float(times.user + times.system)
 
 
 def _member_name(process: psutil.Process) -> str:

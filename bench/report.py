@@ -119,7 +119,10 @@ def _notes(report: Report) -> list[str]:
     results = report.comparison.results
     rounds = len(results[0].rounds)
     errors = {result.name: sum(len(one.errors) for one in result.rounds) for result in results}
+    shares = [one.others_share for result in results for one in result.rounds if one.others_share is not None]
+    disturbed = [f"Other processes used up to {max(shares):.0%} of these cores."] if shares else []
     return [
+        *disturbed,
         f"Medians of {rounds} rounds (least to most). The clusters took turns on the same cores, load generator too.",
         "The ratio is first / second. Errors: " + ", ".join(f"{name} {count}" for name, count in errors.items()) + ".",
         f"Percentiles: {report.percentiles}.",

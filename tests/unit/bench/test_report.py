@@ -18,7 +18,7 @@ from cluster.messages import HandoffTimings
 
 def result(name, inter_token, **more):
     figures = {"inter_token_p99": inter_token} | more
-    one = Measurement(figures, {"router": 0.5}, short_requests=10, long_requests=2, errors=[])
+    one = Measurement(figures, {"router": 0.5}, short_requests=10, long_requests=2, errors=[], others_share=0.031)
     repeated = {key: Repeated(value, value, value * 2) for key, value in figures.items()}
     return Result(name, f"{name}.yaml", [one], repeated, {"router": Repeated(0.5, 0.5, 0.5)})
 
@@ -44,6 +44,7 @@ def test_the_table_has_both_sides_their_ratio_and_the_plain_copy():
     assert any("handoff" in line and "5.00" in line and "| - |" in line for line in lines)
     assert any("memcpy of 35 MB in 94 pages" in line and "17.3" in line for line in lines)
     assert any("type 7" in line for line in lines)
+    assert "Other processes used up to 3% of these cores." in lines
 
 
 def test_a_report_can_be_read_back(tmp_path):
