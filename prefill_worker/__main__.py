@@ -6,6 +6,7 @@ import sys
 
 from cluster.config import Topology
 from cluster.server_process import run, worker_parser
+from engine.environment import engine_environment
 from kv_transfer.backends import backend_environment
 from prefill_worker.control import serve
 
@@ -19,7 +20,7 @@ def main() -> int:
 
     async def start(topology: Topology) -> None:
         host = arguments.host or topology.prefill.host
-        environment = backend_environment(topology.kv.transfer)
+        environment = engine_environment() | backend_environment(topology.kv.transfer)
         await serve(topology, name, host, arguments.port, [*engine, "--host", host], environment)
 
     return run(name, arguments.topology, arguments.set, start)
