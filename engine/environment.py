@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 DEFAULTS: Mapping[str, str] = MappingProxyType({"OMP_WAIT_POLICY": "passive"})
-"""Compute threads that wait for each other sleep instead of spinning. On cores that are theirs alone they lose a little;
-where anything else runs on one of them (a router, a client, another worker), spinning threads keep away the very one
-that they wait for: a decode step of the demo model on two cores, one of them shared with a busy process, took 1,225 ms
-spinning and 45 ms asleep."""
+"""Compute threads that wait for each other sleep and don't spin. On cores that are theirs alone they lose a little.
+Where anything else runs on one of them (a router, a client, another worker), spinning threads keep away the very one
+that they wait for: with a busy process on one of two cores, a decode step of the demo model took 1,225 ms spinning and
+45 ms asleep."""
 
 
 def engine_environment() -> dict[str, str]:
