@@ -155,7 +155,8 @@ class FakeWorker:
         behaviour, fence = self.behaviour, attempt.fence
         if behaviour.gate is not None:
             await behaviour.gate.wait()
-        link.post(AttemptStarted(fence, self.role))
+        cached = PREFILL_TIMINGS.cached_tokens if self.role is Role.PREFILL else 0
+        link.post(AttemptStarted(fence, self.role, cached))
         output, reason = _cut(behaviour.answer, attempt)
         first = 1 if isinstance(attempt, DecodeAttempt) and attempt.prefill is not None else 0
         last = 1 if self.role is Role.PREFILL else len(output)
