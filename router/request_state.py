@@ -270,6 +270,9 @@ class RequestMachine(StateMachine[Action]):
             return []
         actions = self._close_leg(event)
         if event.reason is FinishReason.CANCELLED:
+            if event.role is Role.DECODE and Role.PREFILL in self._open:
+                # A first token that is the last: prefill has told decode, whose word overtook prefill's own.
+                return actions
             return [
                 *actions,
                 *self._fail(ProtocolError(f"{event.role.value} cancelled {self.name} unasked"), event.role),

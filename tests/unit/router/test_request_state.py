@@ -169,6 +169,17 @@ def test_a_first_token_that_is_the_last_cancels_decode():
     assert machine.state is RequestState.FINISHED
 
 
+def test_decode_may_hear_of_a_last_first_token_before_we_do():
+    """Prefill tells decode directly; decode's word comes by another connection than prefill's."""
+    overtaken = LegFinished(Role.DECODE, FinishReason.CANCELLED, decode=DECODE)
+    stopped = LegFinished(Role.PREFILL, FinishReason.STOP, PREFILL)
+    machine, actions = machine_after([PLACED, STARTED, overtaken, token(0), stopped])
+    assert kinds(actions[2:]) == ["Release", "Deliver", "Release", "Finish", "Forget"]
+    assert machine.state is RequestState.FINISHED
+    machine, _ = machine_after([PLACED, STARTED, overtaken, PREFILL_FAILED])
+    assert machine.state is RequestState.FAILED
+
+
 def test_a_stop_string_cancels_decode_but_lets_a_finished_handoff_tell_its_timings():
     machine, _ = machine_after([PLACED, STARTED, token(0), token(1)])
     actions = machine.handle(StopMatched(), 9.0)
@@ -198,7 +209,7 @@ def test_prefills_death_after_the_takeover_harms_nobody():
 
 
 def test_a_leg_that_is_cancelled_unasked_is_an_error_and_so_are_legs_that_end_without_the_tokens():
-    _, actions = machine_after([PLACED, LegFinished(Role.DECODE, FinishReason.CANCELLED)])
+    _, actions = machine_after([PLACED, LegFinished(Role.PREFILL, FinishReason.CANCELLED)])
     assert isinstance(actions[3].error, ProtocolError)
     machine, actions = machine_after([PLACED, STARTED, HANDED_OFF, DECODED])
     assert machine.state is RequestState.FAILED
