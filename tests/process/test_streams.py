@@ -7,6 +7,7 @@ import pytest
 from tests.process.api import eventually
 
 STREAMS = 64
+END_OF_SEQUENCE = 2
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -39,6 +40,16 @@ async def test_a_crowd_gets_the_tokens_that_one_alone_gets(api, reference):
     crowd = [cases[number % len(cases)] for number in range(STREAMS)]
     found = await asyncio.gather(*(api.stream(case.prompt, max_tokens=8, temperature=0) for case in crowd))
     assert [each.tokens for each in found] == [case.expected[:8] for case in crowd]
+
+
+async def test_a_first_token_may_be_the_last(api, reference):
+    """Prefill ends the request and calls off the handoff: the router hears of it from both legs, in either order."""
+    case = next(case for case in reference.cases if case.expected[-1] == END_OF_SEQUENCE)
+    prompt = case.prompt + case.expected[:-1]
+    found = await asyncio.gather(*(api.stream(prompt, max_tokens=8, temperature=0) for _ in range(24)))
+    assert {(tuple(each.tokens), each.finish_reason) for each in found} == {((END_OF_SEQUENCE,), "stop")}
+    one = await asyncio.gather(*(api.stream(prompt, max_tokens=1, ignore_eos=True) for _ in range(8)))
+    assert {(len(each.tokens), each.finish_reason) for each in one} == {(1, "length")}
 
 
 async def test_a_client_that_leaves_while_it_reads_ends_the_decode(api, reference):
