@@ -56,6 +56,34 @@ def test_the_record_tells_chunks_pages_and_steps(pair):
     assert (ends[Role.DECODE].decode.steps, ends[Role.DECODE].decode.batch_sum) == (5, 5)
 
 
+def test_a_second_turn_computes_and_sends_only_what_is_new(tmp_path):
+    pair = Pair(tiny_engine(tmp_path / "m"), tiny_engine(tmp_path / "m"))
+    first = pair.request("first", prompt(33), GREEDY)
+    pair.settle()
+    turn = [*prompt(33), *pair.tokens(first), *prompt(10, seed=9)]
+    second = pair.request("second", turn, GREEDY)
+    unified = pair.request("unified", turn, GREEDY, legs="decode")
+    pair.settle()
+    ends = pair.ends(second)
+    assert len(turn) == 49
+    assert ends[Role.PREFILL].prefill.cached_tokens == 32, "prefill knows the first prompt's full pages"
+    assert ends[Role.PREFILL].handoff.pages == 4, "decode knows the answer, too: 9 of 13 pages are there"
+    assert pair.tokens(second) == pair.tokens(unified)
+    pair.assert_nothing_left()
+
+
+def test_the_same_prompt_again_sends_its_last_page_only_or_nothing(tmp_path):
+    pair = Pair(tiny_engine(tmp_path / "m"), tiny_engine(tmp_path / "m"))
+    for length, pages in ((33, 1), (32, 0)):
+        before = pair.request(f"before-{length}", prompt(length), GREEDY)
+        pair.settle()
+        again = pair.request(f"again-{length}", prompt(length), GREEDY)
+        pair.settle()
+        assert pair.ends(again)[Role.PREFILL].handoff.pages == pages
+        assert pair.tokens(again) == pair.tokens(before)
+    pair.assert_nothing_left()
+
+
 def test_seeded_sampling_is_the_same_split_and_unified_alone_and_in_a_batch(pair):
     sampling = Sampling(max_tokens=12, seed=77, temperature=1.5, top_p=0.95)
     alone = pair.request("alone", prompt(9), sampling)
