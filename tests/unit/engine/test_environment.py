@@ -3,13 +3,17 @@
 import subprocess
 import sys
 
+import pytest
+
 from engine.environment import engine_environment
 
 
-def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert engine_environment() == {"OMP_WAIT_POLICY": "passive"}
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+@pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "5")])
+def test_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch, name, value):
+    for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(variable, raising=False)
+    assert engine_environment() == {"GOMP_SPINCOUNT": "1000"}
+    monkeypatch.setenv(name, value)
     assert engine_environment() == {}
 
 
