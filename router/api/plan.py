@@ -80,12 +80,7 @@ class Planner:
 
         prompts = await self._timed(tokenize, sum(len(message["content"]) for message in messages))
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        limit, field = (
-            (request.max_tokens, "max_tokens")
-            if request.max_completion_tokens is None
-            else (request.max_completion_tokens, "max_completion_tokens")
-        )
-        return self._plan(request, prompts, logprobs, limit, field)
+        return self._plan(request, prompts, logprobs, *_limit(request))
 
     async def completion(self, request: CompletionRequest) -> Plan:
         """Raises `ModelNotFound`, `InvalidRequest` or `PromptTooLong`."""
@@ -210,6 +205,18 @@ def _for_template(message: ChatMessage) -> dict[str, Any]:
     if message.tool_call_id is not None:
         rendered["tool_call_id"] = message.tool_call_id
     return rendered
+
+
+def _limit(request: ChatCompletionRequest) -> tuple[int | None, str]:
+    """The most tokens that the answer may have, and the field that says so: the newer one, or its older name."""
+    if request.max_completion_tokens is None:
+        return request.max_tokens, "max_tokens"
+    if request.max_tokens not in (None, request.max_completion_tokens):
+        raise InvalidRequest(
+            f"max_tokens is {request.max_tokens} and max_completion_tokens {request.max_completion_tokens}: give one",
+            param="max_tokens",
+        )
+    return request.max_completion_tokens, "max_completion_tokens"
 
 
 def _prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
