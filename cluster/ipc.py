@@ -13,8 +13,11 @@ import select
 import socket
 import struct
 from collections.abc import Iterator
+from typing import TypeVar
 
 from cluster.messages import AnyMessage, Message, decode, encode
+
+MessageT = TypeVar("MessageT")
 
 _LENGTH = struct.Struct(">I")
 _READ_BYTES = 1 << 20
@@ -56,6 +59,7 @@ class EngineChannel:
         end.setblocking(False)
         self._socket = end
         self._unframer = Unframer()
+        self._kept: list[AnyMessage] = []
         self._outbox = bytearray()
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller = select.poll()
@@ -68,6 +72,24 @@ class EngineChannel:
 
     def receive(self) -> list[AnyMessage]:
         """What has come since the last call. Raises `ControlGone` at the end of the stream."""
+        messages, self._kept = self._kept + self._read(), []
+        return messages
+
+    def receive_only(self, kinds: tuple[type[MessageT], ...]) -> list[MessageT]:
+        """Of what has come, the messages of these kinds; `receive` gives the others, later, in their order.
+
+        Raises `ControlGone` at the end of the stream.
+        """
+        wanted: list[MessageT] = []
+        messages, self._kept = self.receive(), []
+        for message in messages:
+            if isinstance(message, kinds):
+                wanted.append(message)
+            else:
+                self._kept.append(message)
+        return wanted
+
+    def _read(self) -> list[AnyMessage]:
         messages: list[AnyMessage] = []
         while True:
             try:
@@ -98,6 +120,8 @@ class EngineChannel:
     def wait(self, seconds: float) -> None:
         """Blocks until there is something to receive, somebody calls `wake`, or the time is over."""
         self.flush()
+        if self._kept:
+            return
         self._poller.register(self._socket, select.POLLIN | (select.POLLOUT if self._outbox else 0))
         for descriptor, _ in self._poller.poll(seconds * 1000):
             if descriptor == self._wake_reader:

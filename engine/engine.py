@@ -8,6 +8,7 @@ is computed: `plan`, then `execute`; `step` is both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -221,11 +222,12 @@ class Engine:
         """
         return self._scheduler.plan()
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Computes the step, and samples."""
+    def execute(self, plan: StepPlan, between_layers: Callable[[], None] = lambda: None) -> StepResult:
+        """Computes the step, and samples. `between_layers` is called some dozen times meanwhile; it must be quick, and
+        keep its hands off this engine."""
         sequences = plan.sampling
         with torch.inference_mode():
-            choices = choose(self._logits(plan.chunks), sequences)
+            choices = choose(self._logits(plan.chunks, between_layers), sequences)
         prefills = [chunk for chunk in plan.chunks if chunk.prefills]
         offsets = [len(sequence.output) for sequence in sequences]
         finished = self._scheduler.commit(plan, [choice.token for choice in choices])
@@ -266,7 +268,7 @@ class Engine:
             chunk.sequence.pages = pages[first:]
         choose(self._logits(chunks), [chunk.sequence for chunk in chunks])
 
-    def _logits(self, chunks: list[Chunk]) -> torch.Tensor:
+    def _logits(self, chunks: list[Chunk], between_layers: Callable[[], None] = lambda: None) -> torch.Tensor:
         """Computes the chunks' KV; the logits of the sequences that sample, [sequences, vocabulary]."""
         counts = np.array([chunk.stop - chunk.start for chunk in chunks])
         ends = np.cumsum(counts)
@@ -279,7 +281,8 @@ class Engine:
         ]
         sampling = ends[[chunk.samples for chunk in chunks]] - 1
         sampled = self._padded([sampling], rounded(len(sampling), ROWS))
-        return self._decoder.forward(tokens, positions, self._attention.plan(spans, rows), sampled)[: len(sampling)]
+        attention = self._attention.plan(spans, rows)
+        return self._decoder.forward(tokens, positions, attention, sampled, between_layers)[: len(sampling)]
 
     def _padded(self, parts: list[npt.NDArray[np.int64]], size: int) -> torch.Tensor:
         """All parts in a row, then zeros: int64 [size]."""

@@ -48,10 +48,18 @@ class Decoder:
         self._head = make_linear(self._embedding if config.tied_embeddings else read("lm_head.weight"))
         self._rope = RotaryEmbedding(config.rope, config.head_dim, device)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: StepAttention, rows: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: StepAttention,
+        rows: Tensor,
+        between_layers: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """The float32 logits [len(rows), vocabulary] of those `rows`: only they go through the head.
 
         `tokens` and `positions` are [rows of the step], int64, in the order that `attention` was planned for.
+        `between_layers` is called after each layer: a long prompt's step takes a good part of a second.
         """
         hidden = functional.embedding(tokens, self._embedding)
         rope = self._rope.tables(positions, hidden.dtype)
@@ -61,6 +69,7 @@ class Decoder:
             hidden = layer.output.add_to(hidden, attended.view(len(tokens), -1))
             gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, -1)
             hidden = layer.down.add_to(hidden, functional.silu(gate).mul_(up))
+            between_layers()
         if len(rows) == 0:
             return hidden.new_empty((0, self._config.vocab_size), dtype=torch.float32)
         return self._head(self._normed(hidden.index_select(0, rows), self._norm)).float()

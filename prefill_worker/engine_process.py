@@ -31,7 +31,9 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     thread = TransferThread(backend, digester, context.clock, context.channel.wake, pool.trial_page)
     sender = HandoffSender(thread, engine.layout, context.send_to_peer, context.clock, check, epoch=epoch)
     ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current())
-    return PrefillLoop(engine, sender, context.send, context.clock, epoch, thread.close), ready
+    return PrefillLoop(
+        engine, sender, context.send, context.channel.receive_only, context.clock, epoch, thread.close
+    ), ready
 
 
 if __name__ == "__main__":

@@ -37,11 +37,13 @@ from cluster.messages import (
 )
 from engine.engine import Engine, StepPlan, StepResult
 from engine.sequence import Sequence
-from kv_transfer.sender import HandoffSender
+from kv_transfer.sender import HandoffEnded, HandoffSender
 from prefill_worker import prefill_state as state
 from prefill_worker.prefill_state import PrefillMachine, PrefillState
 
 log = get_logger(__name__)
+
+PeerMessage = FromPeer | PeerUp | PeerDown
 
 
 @dataclass(slots=True)
@@ -53,13 +55,19 @@ class _Attempt:
 
 
 class PrefillLoop:
-    """A `cluster.step_loop.StepHandler`. `send` puts a message into the channel to the control process, at once."""
+    """A `cluster.step_loop.StepHandler`. `send` puts a message into the channel to the control process, at once;
+    `receive_only` takes messages of some kinds out of it, see `EngineChannel`.
+
+    A step on a long chunk takes a good part of a second. Grants, ends of writes and acknowledgements don't wait for it:
+    between two layers the sender is given what has come for it. What concerns attempts and pages waits for the step.
+    """
 
     def __init__(
         self,
         engine: Engine,
         sender: HandoffSender,
         send: Callable[[Message], None],
+        receive_only: Callable[[tuple[type[PeerMessage], ...]], list[PeerMessage]],
         clock: Clock,
         epoch: int,
         on_close: Callable[[], None],
@@ -67,10 +75,12 @@ class PrefillLoop:
         self._engine = engine
         self._sender = sender
         self._send = send
+        self._receive_only = receive_only
         self._clock = clock
         self._epoch = epoch
         self._on_close = on_close
         self._attempts: dict[Fence, _Attempt] = {}
+        self._ended: list[HandoffEnded] = []
         self._stale = 0
 
     # --- messages ----------------------------------------------------------------------------------------------------
@@ -78,18 +88,22 @@ class PrefillLoop:
     def handle(self, message: AnyMessage, now: float) -> None:
         if isinstance(message, FromRouter):
             self._from_router(message, now)
-        elif isinstance(message, FromPeer):
-            if isinstance(message.message, Grant | Ack | Abort):
-                self._sender.receive(message.worker, message.epoch, message.message)
-            else:
-                self._stale += 1
-        elif isinstance(message, PeerUp):
-            self._sender.peer_up(message.hello)
-        elif isinstance(message, PeerDown):
-            self._sender.peer_down(message.worker, message.epoch)
+        elif isinstance(message, FromPeer | PeerUp | PeerDown):
+            self._from_peer(message)
         elif isinstance(message, RouterGone):
             for fence in [fence for fence, attempt in self._attempts.items() if attempt.router == message.router]:
                 self._feed(fence, state.Cancelled("the router's connection broke"), now)
+
+    def _from_peer(self, message: PeerMessage) -> None:
+        """Touches the sender only: it may come in the middle of a step."""
+        if isinstance(message, PeerUp):
+            self._sender.peer_up(message.hello)
+        elif isinstance(message, PeerDown):
+            self._sender.peer_down(message.worker, message.epoch)
+        elif isinstance(message.message, Grant | Ack | Abort):
+            self._sender.receive(message.worker, message.epoch, message.message)
+        else:
+            self._stale += 1
 
     def _from_router(self, envelope: FromRouter, now: float) -> None:
         message = envelope.message
@@ -122,7 +136,7 @@ class PrefillLoop:
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> bool:
-        ended = self._sender.poll(now)
+        ended, self._ended = self._ended + self._sender.poll(now), []
         for handoff in ended:
             self._feed(handoff.fence, state.HandoffEnded(handoff.error, handoff.blame, handoff.timings), now)
         plan = self._engine.plan()
@@ -136,7 +150,7 @@ class PrefillLoop:
         return True
 
     def _compute(self, plan: StepPlan) -> None:
-        result = self._engine.execute(plan)
+        result = self._engine.execute(plan, self._attend_to_handoffs)
         now = self._clock.now()
         for progress in result.progress:
             self._feed(progress.key, state.ChunkComputed(progress.computed), now)
@@ -147,6 +161,11 @@ class PrefillLoop:
             if finished is FinishReason.LENGTH and sampled.offset + 1 < attempt.sampling.max_tokens:
                 finished = None  # only our leg's last token
             self._feed(sampled.key, state.FirstToken(sampled.token, finished), now)
+
+    def _attend_to_handoffs(self) -> None:
+        for message in self._receive_only((FromPeer, PeerUp, PeerDown)):
+            self._from_peer(message)
+        self._ended += self._sender.poll(self._clock.now())
 
     def _emit(self, result: StepResult) -> None:
         """First tokens go to their routers before anything else is done about them."""

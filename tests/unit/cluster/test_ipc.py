@@ -49,6 +49,18 @@ def test_receive_takes_what_is_there_and_does_not_wait(ends):
     assert channel.receive() == [MESSAGES[2]]
 
 
+def test_messages_of_one_kind_can_be_taken_ahead_of_the_others(ends):
+    ours, theirs = ends
+    channel = EngineChannel(theirs)
+    ours.sendall(b"".join(frame(message) for message in (RouterGone("a"), Stop(), RouterGone("b"))))
+    assert channel.receive_only((Stop,)) == [Stop()]
+    channel.wait(30.0)  # returns at once: there is something to receive
+    ours.sendall(frame(RouterGone("c")))
+    assert channel.receive_only((Stop,)) == []
+    assert channel.receive() == [RouterGone("a"), RouterGone("b"), RouterGone("c")]
+    assert channel.receive() == []
+
+
 def test_send_never_blocks_and_loses_nothing_when_the_reader_is_slow(ends):
     ours, theirs = ends
     channel = EngineChannel(theirs)

@@ -89,6 +89,7 @@ class Pair:
         self.fabric = MemoryFabric()
         self.dead: set[int] = set()
         self.closed: list[str] = []
+        self.between_layers = lambda: None
         self.to_prefill: deque[Message] = deque()
         self.to_decode: deque[Message] = deque()
         self.router: dict[Fence, list[Message]] = defaultdict(list)
@@ -103,7 +104,13 @@ class Pair:
             self.clock, True, epoch=DECODE_EPOCH, is_dead=lambda process: process.pid in self.dead,
         )  # fmt: skip
         self.prefill = PrefillLoop(
-            prefill_engine, self.sender, self._hear, self.clock, PREFILL_EPOCH, lambda: self.closed.append("prefill")
+            prefill_engine,
+            self.sender,
+            self._hear,
+            self._in_mid_step,
+            self.clock,
+            PREFILL_EPOCH,
+            lambda: self.closed.append("prefill"),
         )
         self.decode = DecodeLoop(
             decode_engine, self.receiver, self._hear, self.clock, DECODE_EPOCH, lambda: self.closed.append("decode")
@@ -118,6 +125,14 @@ class Pair:
 
     def _peer_wire(self, wire, worker, epoch):
         return lambda to, to_epoch, message: wire.append(FromPeer(worker, epoch, message))
+
+    def _in_mid_step(self, kinds) -> list:
+        """What prefill's channel has between two layers; `between_layers` is where a test lets decode go on."""
+        self.between_layers()
+        wanted = [message for message in self.to_prefill if isinstance(message, kinds)]
+        for message in wanted:
+            self.to_prefill.remove(message)
+        return wanted
 
     def _hear(self, message: Message) -> None:
         """What a loop sends to its control process."""

@@ -84,6 +84,26 @@ def test_the_same_prompt_again_sends_its_last_page_only_or_nothing(tmp_path):
     pair.assert_nothing_left()
 
 
+def test_a_handoff_goes_on_between_the_layers_of_a_step(pair):
+    """The grant that arrives while the first chunk is computed is acted upon at its end, not one chunk later."""
+
+    def decode_goes_on() -> None:
+        while pair.to_decode:
+            pair.decode.handle(pair.to_decode.popleft(), pair.clock.now())
+        pair.decode.step(pair.clock.now())
+
+    pair.between_layers = decode_goes_on
+    fence = pair.request("r", prompt(40), GREEDY)
+    while pair.to_prefill:
+        pair.prefill.handle(pair.to_prefill.popleft(), pair.clock.now())
+    pair.prefill.step(pair.clock.now())
+    pair.ports["prefill"].run()
+    assert pair.fabric.posted == 1
+    pair.settle()
+    assert len(pair.tokens(fence)) == 6
+    pair.assert_nothing_left()
+
+
 def test_seeded_sampling_is_the_same_split_and_unified_alone_and_in_a_batch(pair):
     sampling = Sampling(max_tokens=12, seed=77, temperature=1.5, top_p=0.95)
     alone = pair.request("alone", prompt(9), sampling)
