@@ -165,7 +165,16 @@ class HandoffSender:
             self._peers.refuse(message)
 
     def poll(self, now: float) -> list[HandoffEnded]:
-        """Picks up what the transfer thread has done. Raises whatever ended that thread."""
+        """What has ended since the last call. Raises whatever ended the transfer thread."""
+        self.advance(now)
+        ended_now, self._ended = self._ended, []
+        for event in ended_now:
+            del self._handoffs[event.fence]
+        return ended_now
+
+    def advance(self, now: float) -> None:
+        """Picks up what the transfer thread has done, and goes on. What ends by it stays known until the next `poll`:
+        so this may come at any moment, in the middle of a step too. Raises whatever ended that thread."""
         for result in self._thread.results():
             assert isinstance(result, WritesEnded)
             ended = state.BatchEnded(result.batch, result.error, result.digests, result.started, result.ended)
@@ -174,10 +183,6 @@ class HandoffSender:
             deadline = handoff.machine.deadline
             if deadline is not None and now >= deadline:
                 self._handle(handoff, state.DeadlinePassed())
-        ended_now, self._ended = self._ended, []
-        for event in ended_now:
-            del self._handoffs[event.fence]
-        return ended_now
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

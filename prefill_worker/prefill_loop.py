@@ -37,7 +37,7 @@ from cluster.messages import (
 )
 from engine.engine import Engine, StepPlan, StepResult
 from engine.sequence import Sequence
-from kv_transfer.sender import HandoffEnded, HandoffSender
+from kv_transfer.sender import HandoffSender
 from prefill_worker import prefill_state as state
 from prefill_worker.prefill_state import PrefillMachine, PrefillState
 
@@ -80,7 +80,6 @@ class PrefillLoop:
         self._epoch = epoch
         self._on_close = on_close
         self._attempts: dict[Fence, _Attempt] = {}
-        self._ended: list[HandoffEnded] = []
         self._stale = 0
 
     # --- messages ----------------------------------------------------------------------------------------------------
@@ -136,7 +135,7 @@ class PrefillLoop:
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> bool:
-        ended, self._ended = self._ended + self._sender.poll(now), []
+        ended = self._sender.poll(now)
         for handoff in ended:
             self._feed(handoff.fence, state.HandoffEnded(handoff.error, handoff.blame, handoff.timings), now)
         plan = self._engine.plan()
@@ -165,7 +164,7 @@ class PrefillLoop:
     def _attend_to_handoffs(self) -> None:
         for message in self._receive_only((FromPeer, PeerUp, PeerDown)):
             self._from_peer(message)
-        self._ended += self._sender.poll(self._clock.now())
+        self._sender.advance(self._clock.now())
 
     def _emit(self, result: StepResult) -> None:
         """First tokens go to their routers before anything else is done about them."""

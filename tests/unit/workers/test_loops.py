@@ -9,6 +9,7 @@ import pytest
 from cluster.messages import (
     AttemptFailed,
     AttemptFinished,
+    CancelAttempt,
     DecodeAttempt,
     Fence,
     FinishReason,
@@ -101,6 +102,30 @@ def test_a_handoff_goes_on_between_the_layers_of_a_step(pair):
     assert pair.fabric.posted == 1
     pair.settle()
     assert len(pair.tokens(fence)) == 6
+    pair.assert_nothing_left()
+
+
+@pytest.mark.parametrize("layer", range(8))
+def test_decode_may_give_up_in_the_middle_of_prefills_step(pair, layer):
+    fence = pair.request("r", prompt(40), GREEDY)
+    passed = 0
+
+    def give_up() -> None:
+        nonlocal passed
+        if passed == layer:
+            pair.to_decode.append(FromRouter(ROUTER, CancelAttempt(fence, "the client left")))
+        passed += 1
+        while pair.to_decode:
+            pair.decode.handle(pair.to_decode.popleft(), pair.clock.now())
+        pair.decode.step(pair.clock.now())
+        for port in pair.ports.values():
+            port.run()
+
+    pair.between_layers = give_up
+    pair.settle()
+    pair.cancel(fence)
+    pair.settle()
+    assert set(pair.ends(fence)) == {Role.PREFILL, Role.DECODE}
     pair.assert_nothing_left()
 
 
