@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 
 import aiohttp
 from aiohttp import web
@@ -133,18 +132,3 @@ class Backoff:
 
     def reset(self) -> None:
         self._next = self._first
-
-
-async def run_until_first_ends(*tasks: asyncio.Task[None], on_end: Callable[[], None] | None = None) -> None:
-    """Waits until one of `tasks` ends, cancels the rest, and raises what the first one raised."""
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        if on_end is not None:
-            on_end()
-    for task in tasks:
-        if not task.cancelled():
-            task.result()

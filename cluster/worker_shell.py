@@ -235,7 +235,7 @@ class WorkerShell:
         return web.json_response({"status": "ready" if ready else "not ready"}, status=200 if ready else 503)
 
     async def _live(self, request: web.Request) -> web.Response:
-        """200 while the process makes progress; a loading engine counts as progress."""
+        """200 while this process answers; an engine process that dies ends it. Steps are not looked at yet."""
         return web.json_response({"status": "live"})
 
     async def _render_metrics(self, request: web.Request) -> web.Response:
