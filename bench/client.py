@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -14,6 +15,34 @@ import msgspec
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 CHUNK_PREFIX = b"data:"
 LAST_CHUNK = b"[DONE]"
+SILENCE_SECONDS = 120.0
+"""An endpoint that says nothing for so long has failed."""
+
+OPTIONS: Mapping[str, Any] = MappingProxyType({"ignore_eos": True, "temperature": 0, "return_token_ids": True})
+"""Of each request: random prompts must not end early, and chunks tell which tokens they carry."""
+
+
+def open_session() -> aiohttp.ClientSession:
+    """Without a limit of connections: the load is what a workload says, not what a client allows."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_SECONDS)
+    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+
+
+class PromptDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What the server says it read and wrote for a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: PromptDetails | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        details = self.prompt_tokens_details
+        return 0 if details is None else details.cached_tokens or 0
 
 
 class Timeline(msgspec.Struct, kw_only=True):
@@ -28,9 +57,13 @@ class Timeline(msgspec.Struct, kw_only=True):
     """When each chunk that carries tokens came."""
     counts: list[int] = msgspec.field(default_factory=list)
     """Tokens of each of these chunks."""
+    token_ids: list[int] = msgspec.field(default_factory=list)
+    """All of them; empty if the server does not tell."""
     ended_at: float | None = None
     """None while it runs, and for good if the client went away."""
     finish_reason: str | None = None
+    usage: Usage | None = None
+    """None where the server does not tell, or has not yet."""
     error: str | None = None
 
     @property
@@ -40,6 +73,11 @@ class Timeline(msgspec.Struct, kw_only=True):
     @property
     def tokens(self) -> int:
         return sum(self.counts)
+
+    @property
+    def longest_gap_seconds(self) -> float:
+        """The longest time without a token, from the first one on; 0 for fewer than two."""
+        return max((later - earlier for earlier, later in pairwise(self.arrivals)), default=0.0)
 
     def tokens_between(self, start: float, end: float) -> int:
         """Tokens that came in [start, end)."""
@@ -53,18 +91,34 @@ class Timeline(msgspec.Struct, kw_only=True):
 
 
 class CompletionClient:
-    """Streams completions of token-id prompts. `options` goes into each request's body as it is."""
+    """Streams completions of token-id prompts. `options` goes into each request's body as it is.
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, model: str, options: Mapping[str, Any]) -> None:
+    For servers that are less strict than ours: `as_text` makes of a prompt the text of these tokens, where ids are not
+    taken; with `says_done` false, a stream may end without [DONE] once a finish reason has come.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        model: str,
+        options: Mapping[str, Any],
+        *,
+        as_text: Callable[[list[int]], str] | None = None,
+        says_done: bool = True,
+    ) -> None:
         self._session = session
         self._url = f"{url.rstrip('/')}/v1/completions"
         self._model = model
         self._options = dict(options)
+        self._as_text = as_text
+        self._says_done = says_done
 
     async def stream(self, timeline: Timeline, prompt: list[int], max_tokens: int) -> None:
         """Sends one request and fills `timeline` as the answer comes. An HTTP or connection error is noted there:
         under load it is a result. Cancelling disconnects."""
-        body = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "stream": True, **self._options}
+        written = prompt if self._as_text is None else self._as_text(prompt)
+        body = {"model": self._model, "prompt": written, "max_tokens": max_tokens, "stream": True, **self._options}
         timeline.sent_at = time.monotonic()
         try:
             async with self._session.post(self._url, json=body, read_bufsize=MAX_EVENT_BYTES) as response:
@@ -84,7 +138,8 @@ class CompletionClient:
             if payload == LAST_CHUNK:
                 return
             _note(timeline, msgspec.json.decode(payload), time.monotonic())
-        timeline.error = timeline.error or "the stream ended without [DONE]"
+        if self._says_done or timeline.finish_reason is None:
+            timeline.error = timeline.error or "the stream ended without [DONE]"
 
 
 def _note(timeline: Timeline, chunk: dict[str, Any], now: float) -> None:
@@ -99,4 +154,10 @@ def _note(timeline: Timeline, chunk: dict[str, Any], now: float) -> None:
         if count:
             timeline.arrivals.append(now)
             timeline.counts.append(count)
+            timeline.token_ids += tokens or ()
         timeline.finish_reason = choice.get("finish_reason") or timeline.finish_reason
+    if chunk.get("usage"):
+        timeline.usage = msgspec.convert(chunk["usage"], Usage)
+        if timeline.counts:
+            # A server that sends text keeps back what is no whole character yet, and so sends fewer chunks than tokens.
+            timeline.counts[-1] += max(0, timeline.usage.completion_tokens - timeline.tokens)

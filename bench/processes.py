@@ -33,6 +33,14 @@ class ProcessTree:
                 found[f"{member}/{process.pid}"] = process.memory_info().rss
         return found
 
+    def proportional_bytes(self) -> int:
+        """Memory of the whole tree (Linux): what several processes share counts once."""
+        total = 0
+        for _, process in self._members():
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                total += process.memory_full_info().pss
+        return total
+
     def pids(self) -> dict[str, int]:
         """The first process of each member: what the launcher itself started."""
         return {_member_name(child): child.pid for child in self._launcher.children()}

@@ -30,6 +30,8 @@ class FakeEndpoint:
         self.bodies: list[dict] = []
         self.status = 200
         self.breaks_off = False
+        self.held_back = 0
+        """Tokens that are told of in the usage only."""
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -38,11 +40,15 @@ class FakeEndpoint:
             return web.json_response({"error": {"message": "no worker"}}, status=self.status)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        for index in range(body["max_tokens"]):
+        sent = body["max_tokens"] - self.held_back
+        for index in range(sent):
             await asyncio.sleep(TOKEN_SECONDS)
-            last = index == body["max_tokens"] - 1
+            last = index == sent - 1
             choice = {"index": 0, "text": "a", "token_ids": [index], "finish_reason": "length" if last else None}
             await response.write(b"data: " + json.dumps({"id": "cmpl-1", "choices": [choice]}).encode() + b"\n\n")
+        details = {"cached_tokens": 1}
+        usage = {"prompt_tokens": 2, "completion_tokens": body["max_tokens"], "prompt_tokens_details": details}
+        await response.write(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n")
         if not self.breaks_off:
             await response.write(b"data: [DONE]\n\n")
         return response
@@ -54,11 +60,22 @@ def endpoint():
 
 
 @pytest.fixture
-async def client(endpoint):
+async def url(endpoint):
     app = web.Application()
     app.router.add_post("/v1/completions", endpoint.complete)
-    async with TestServer(app) as server, aiohttp.ClientSession() as session:
-        yield CompletionClient(session, str(server.make_url("/")), "tiny", {"ignore_eos": True})
+    async with TestServer(app) as server:
+        yield str(server.make_url("/"))
+
+
+@pytest.fixture
+async def session():
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+@pytest.fixture
+def client(session, url):
+    return CompletionClient(session, url, "tiny", {"ignore_eos": True})
 
 
 async def ask(client, tokens=3):
@@ -85,6 +102,19 @@ async def test_an_error_is_a_result(client, endpoint):
 async def test_a_stream_that_breaks_off_is_an_error(client, endpoint):
     endpoint.breaks_off = True
     assert "without [DONE]" in (await ask(client)).error
+
+
+async def test_the_usage_has_the_tokens_that_came_in_no_chunk(client, endpoint):
+    endpoint.held_back = 2
+    timeline = await ask(client, tokens=5)
+    assert timeline.counts == [1, 1, 3] and timeline.usage.prompt_tokens == 2 and timeline.usage.cached_tokens == 1
+
+
+async def test_a_lenient_client_writes_text_and_does_without_done(session, url, endpoint):
+    endpoint.breaks_off = True
+    lenient = CompletionClient(session, url, "tiny", {}, as_text=lambda ids: " ".join(map(str, ids)), says_done=False)
+    assert (await ask(lenient)).error is None
+    assert endpoint.bodies[0]["prompt"] == "400 401"
 
 
 async def test_only_the_window_counts_and_late_long_answers_are_waited_for(client):
