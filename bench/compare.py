@@ -1,19 +1,20 @@
-"""Two clusters under the same load on the same cores, taking turns: what disaggregation gives, and what it costs."""
+"""Clusters under the same load on the same cores, taking turns: what disaggregation gives, and what it costs."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import aiohttp
 import msgspec
 
-from bench.client import CompletionClient
+from bench.client import OPTIONS, CompletionClient, open_session
 from bench.cluster import Cluster
+from bench.contenders import Contender
 from bench.load import LONG, LoadGenerator, Observed
 from bench.measure import FIGURES, HandoffShape, Measurement, measure, typical_handoff
 from bench.memcpy import Copied, measure_memcpy
@@ -22,18 +23,9 @@ from bench.records import Record, fetch_records
 from bench.statistics import Repeated
 from bench.workload import Prompts, Workload
 
-OPTIONS: Mapping[str, Any] = {"ignore_eos": True, "temperature": 0, "return_token_ids": True}
-"""Of each request: random prompts must not end early, and chunks tell how many tokens they carry."""
-
 OTHERS = "others"
-
-
-class Contender(NamedTuple):
-    """A cluster that takes part."""
-
-    name: str
-    topology: Path
-    settings: Sequence[str] = ()
+EVEN = 1.05
+"""Two p99 that differ by less than this factor are taken for equal."""
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -41,17 +33,27 @@ class Result(msgspec.Struct, frozen=True):
 
     name: str
     topology: str
+    settings: list[str]
     rounds: list[Measurement]
     figures: dict[str, Repeated]
     cpu_per_thousand_tokens: dict[str, Repeated]
+    handoff: HandoffShape | None = None
+    """Of a typical handoff of a long prompt; None if nothing is handed over."""
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """`ratios` are first contender / second, of medians; `memcpy` is of as many bytes as the first one's handoffs."""
+    """`results[0]` beside the others. `ratios` are its medians / those of `baseline`, the better of the others;
+    `memcpy` is of as many bytes as one of its handoffs."""
 
     results: list[Result]
+    baseline: str
     ratios: dict[str, float]
     memcpy: Copied | None
+
+    def median(self, name: str, key: str) -> float | None:
+        """Of contender `name`."""
+        found = next(result for result in self.results if result.name == name).figures.get(key)
+        return None if found is None else found.median
 
 
 class Round(NamedTuple):
@@ -60,27 +62,51 @@ class Round(NamedTuple):
 
 
 def compare(
-    contenders: tuple[Contender, Contender],
+    contenders: Sequence[Contender],
     workload: Workload,
     rounds: int,
     seed: int,
     log_dir: Path,
     tell: Callable[[str], None],
 ) -> Comparison:
-    """Starts, measures and stops the contenders in turns, `rounds` times; never both at once. Raises `LaunchError`."""
+    """Measures the contenders, two or more, in turns. Raises `LaunchError`."""
+    results = measure_in_turns(contenders, workload, rounds, seed, log_dir, tell)
+    baseline = steadiest(results[1:])
+    handoff = results[0].handoff
+    memcpy = measure_memcpy(*handoff) if handoff is not None else None
+    return Comparison(results, baseline.name, _ratios(results[0], baseline), memcpy)
+
+
+def measure_in_turns(
+    contenders: Sequence[Contender],
+    workload: Workload,
+    rounds: int,
+    seed: int,
+    log_dir: Path,
+    tell: Callable[[str], None],
+) -> list[Result]:
+    """Starts, measures and stops each of them, `rounds` times; never two at once. Raises `LaunchError`."""
     found: dict[str, list[Round]] = {contender.name: [] for contender in contenders}
     for number in range(rounds):
-        # Every other round begins with the other one: what drifts on the machine hits both alike.
+        # Every other round goes the other way: what drifts on the machine hits all alike.
         for contender in contenders if number % 2 == 0 else contenders[::-1]:
             begun = time.monotonic()
-            cluster = Cluster(contender.topology, contender.settings, log_dir / f"{contender.name}-{number}")
-            with cluster:
+            with Cluster(contender.topology, contender.settings, log_dir / f"{contender.label}-{number}") as cluster:
                 tell(f"round {number + 1} of {rounds}: {contender.name} is up after {time.monotonic() - begun:.0f} s")
                 found[contender.name].append(run_round(cluster, workload, seed + number))
-    shapes = [one.handoff for one in found[contenders[0].name] if one.handoff is not None]
-    results = [_result(contender, [one.measurement for one in found[contender.name]]) for contender in contenders]
-    memcpy = measure_memcpy(*shapes[0]) if shapes else None
-    return Comparison(results, _ratios(*results), memcpy)
+    return [_result(contender, found[contender.name]) for contender in contenders]
+
+
+def steadiest(results: Sequence[Result]) -> Result:
+    """The better one for whoever reads along: the least inter-token p99; where that is equal but for noise, the most
+    tokens."""
+    least = min(_median(result, "inter_token_p99", math.inf) for result in results)
+    even = [result for result in results if _median(result, "inter_token_p99", math.inf) <= least * EVEN]
+    return max(even, key=lambda result: _median(result, "total_tokens_per_second", 0.0))
+
+
+def _median(result: Result, key: str, absent: float) -> float:
+    return result.figures[key].median if key in result.figures else absent
 
 
 def run_round(cluster: Cluster, workload: Workload, seed: int) -> Round:
@@ -96,9 +122,7 @@ def run_round(cluster: Cluster, workload: Workload, seed: int) -> Round:
         edges[edge] = members | {OTHERS: busy_seconds(cores) - ours}
 
     async def play() -> tuple[Observed, list[Record]]:
-        timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
-        connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        async with open_session() as session:
             client = CompletionClient(session, cluster.url, card.name, OPTIONS)
             observed = await LoadGenerator(workload, client, Prompts(seed, card.vocab_size)).run(mark)
             ids = [line.id for line in observed.sent(LONG) if line.id]
@@ -110,14 +134,17 @@ def run_round(cluster: Cluster, workload: Workload, seed: int) -> Round:
     return Round(measure(observed, records, spent, others), typical_handoff(records))
 
 
-def _result(contender: Contender, rounds: list[Measurement]) -> Result:
-    names = sorted({name for one in rounds for name in one.cpu_per_thousand_tokens})
+def _result(contender: Contender, rounds: Sequence[Round]) -> Result:
+    measured = [one.measurement for one in rounds]
+    names = sorted({name for one in measured for name in one.cpu_per_thousand_tokens})
     return Result(
         name=contender.name,
         topology=contender.topology.name,
-        rounds=rounds,
-        figures=_repeated([one.figures for one in rounds], [figure.key for figure in FIGURES]),
-        cpu_per_thousand_tokens=_repeated([one.cpu_per_thousand_tokens for one in rounds], names),
+        settings=list(contender.settings),
+        rounds=measured,
+        figures=_repeated([one.figures for one in measured], [figure.key for figure in FIGURES]),
+        cpu_per_thousand_tokens=_repeated([one.cpu_per_thousand_tokens for one in measured], names),
+        handoff=next((one.handoff for one in rounds if one.handoff is not None), None),
     )
 
 

@@ -35,6 +35,12 @@ class Observed(msgspec.Struct, frozen=True):
         return [line for line in self.timelines if line.stream == stream and self.start <= line.sent_at < self.end]
 
     @property
+    def prompt_tokens(self) -> int:
+        """Of the prompts whose first token came in the window: of what was computed in it, nearly."""
+        answered = [line for line in self.timelines if line.arrivals and self.start <= line.arrivals[0] < self.end]
+        return sum(line.prompt_tokens for line in answered)
+
+    @property
     def errors(self) -> list[str]:
         return [line.error for line in self.timelines if line.error is not None]
 

@@ -26,6 +26,7 @@ class Figure(NamedTuple):
 
 
 FIGURES = (
+    Figure("ttft_p50", "TTFT, p50", "ms", True),
     Figure("ttft_short_p50", "TTFT of short prompts, p50", "ms", True),
     Figure("ttft_short_p99", "TTFT of short prompts, p99", "ms", True),
     Figure("ttft_long_p50", "TTFT of long prompts, p50", "ms", True),
@@ -34,7 +35,9 @@ FIGURES = (
     Figure("second_token_p99", "first to second token, p99", "ms", True),
     Figure("inter_token_p50", "inter-token of steady streams, p50", "ms", True),
     Figure("inter_token_p99", "inter-token of steady streams, p99", "ms", True),
+    Figure("inter_token_p99_over_p50", "inter-token of steady streams, p99 / p50", "", True),
     Figure("output_tokens_per_second", "output", "tok/s", False),
+    Figure("total_tokens_per_second", "prompts and output", "tok/s", False),
     Figure("prefill_tokens_per_second", "prefill of a long prompt, p50", "tok/s", False),
     Figure("handoff_gigabytes_per_second", "handoff of a long prompt, p50", "GB/s", False),
     Figure("handoff_megabytes", "handoff of a long prompt, size", "MB", True),
@@ -96,17 +99,29 @@ def typical_handoff(records: Sequence[Record]) -> HandoffShape | None:
 
 
 def _client_figures(observed: Observed, tokens: int) -> dict[str, float]:
-    figures = {"output_tokens_per_second": tokens / observed.seconds}
-    for key, stream in (("ttft_short", SHORT), ("ttft_long", LONG)):
-        waits = [line.first_token_seconds for line in observed.sent(stream)]
-        figures |= _latency(key, [wait for wait in waits if wait is not None])
+    figures = {
+        "output_tokens_per_second": tokens / observed.seconds,
+        "total_tokens_per_second": (tokens + observed.prompt_tokens) / observed.seconds,
+    }
+    short, long = _waits(observed, SHORT), _waits(observed, LONG)
+    figures |= _latency("ttft_short", short) | _latency("ttft_long", long)
+    if short or long:
+        figures["ttft_p50"] = percentile(short + long, 50) * _MILLI
     seconds = [
         gap for line in observed.timelines for gap in line.gaps_between(observed.start, observed.end, first=True)
     ]
     figures |= _latency("second_token", seconds)
     steady = [line for line in observed.timelines if line.stream == SHORT]
     gaps = [gap for line in steady for gap in line.gaps_between(observed.start, observed.end)]
+    if gaps:
+        figures["inter_token_p99_over_p50"] = percentile(gaps, 99) / percentile(gaps, 50)
     return figures | _latency("inter_token", gaps)
+
+
+def _waits(observed: Observed, stream: str) -> list[float]:
+    """Seconds to the first token of each request of `stream` that was sent in the window and got one."""
+    waits = [line.first_token_seconds for line in observed.sent(stream)]
+    return [wait for wait in waits if wait is not None]
 
 
 def _latency(key: str, seconds: Sequence[float]) -> dict[str, float]:

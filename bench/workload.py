@@ -50,13 +50,6 @@ WORKLOADS: Mapping[str, Workload] = MappingProxyType(
         "mixed": Workload(
             name="mixed",
             steady=Steady(streams=8, prompt_tokens=64, output_tokens=128),
-            long=Arrivals(period_seconds=3.0, prompt_tokens=1500, output_tokens=16),
-            warm_up_seconds=5.0,
-            seconds=30.0,
-        ),
-        "heavy": Workload(
-            name="heavy",
-            steady=Steady(streams=8, prompt_tokens=64, output_tokens=128),
             long=Arrivals(period_seconds=2.0, prompt_tokens=1500, output_tokens=16),
             warm_up_seconds=5.0,
             seconds=30.0,
@@ -77,8 +70,7 @@ WORKLOADS: Mapping[str, Workload] = MappingProxyType(
         ),
     }
 )
-"""`mixed` is the comparison's; `heavy` is near what one core can prefill, where queues show; `decode` is without long
-prompts; `brief` only shows that all works."""
+"""`mixed` is the comparison's; `decode` is without long prompts; `brief` only shows that all works."""
 
 
 class Prompts:

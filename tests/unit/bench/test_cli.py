@@ -17,9 +17,11 @@ def run(monkeypatch, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["compare", "--workload", "colossal"], "expected one of mixed, heavy, decode, brief"),
+        (["compare", "--workload", "colossal"], "expected one of mixed, decode, brief"),
         (["compare", "--cores", "first"], "expected numbers with commas"),
         (["compare", "--cores", "100000"], "this process may use"),
+        (["compare", "--chunks", "64,none"], "expected numbers with commas"),
+        (["compare", "--chunks", "0"], "expected numbers above 0"),
         (["load", "--url", "http://127.0.0.1:9", "--workload", "decode", "--options", "[]"], "expected a JSON object"),
     ],
 )

@@ -3,15 +3,19 @@
 from io import StringIO
 
 import msgspec
+import pytest
 from rich.console import Console
 
-from bench.compare import Comparison, Result
+from bench.compare import Comparison, Result, steadiest
+from bench.compare_report import CompareReport
 from bench.machine import describe_setting
-from bench.measure import Measurement, typical_handoff
+from bench.measure import HandoffShape, Measurement, typical_handoff
 from bench.memcpy import Copied
 from bench.records import Record
-from bench.report import Report, markdown, show, write
+from bench.report import markdown, show, write
 from bench.statistics import Repeated
+from bench.targets import at_least, at_most, targets_table
+from bench.tuning import Tuned
 from bench.workload import WORKLOADS
 from cluster.messages import HandoffTimings
 
@@ -20,43 +24,73 @@ def result(name, inter_token, **more):
     figures = {"inter_token_p99": inter_token} | more
     one = Measurement(figures, {"router": 0.5}, short_requests=10, long_requests=2, errors=[], others_share=0.031)
     repeated = {key: Repeated(value, value, value * 2) for key, value in figures.items()}
-    return Result(name, f"{name}.yaml", [one], repeated, {"router": Repeated(0.5, 0.5, 0.5)})
+    return Result(name, f"{name}.yaml", [], [one], repeated, {"router": Repeated(0.5, 0.5, 0.5)}, HandoffShape(10, 2))
 
 
-REPORT = Report(
+SPLIT = result("1P1D", 30.0, inter_token_p99_over_p50=1.2, handoff_gigabytes_per_second=5.0)
+UNIFIED = result("unified", 300.0)
+REPORT = CompareReport(
     setting=describe_setting(),
     workload=WORKLOADS["mixed"],
     seed=0,
     comparison=Comparison(
-        [result("1P1D", 30.0, handoff_gigabytes_per_second=5.0), result("unified", 300.0)],
-        {"inter_token_p99": 0.1},
-        Copied(page_bytes=368_640, pages=94, seconds=0.002),
+        [SPLIT, UNIFIED], "unified", {"inter_token_p99": 0.1}, Copied(page_bytes=368_640, pages=94, seconds=0.002)
     ),
+    tuned=[
+        Tuned("unified", [result("unified, chunk 64", 200.0), result("unified, chunk 512", 300.0)], "unified, chunk 64")
+    ],
 )
 
 
-def test_the_table_has_both_sides_their_ratio_and_the_plain_copy():
-    lines = markdown(REPORT).splitlines()
-    row = next(line for line in lines if "inter-token of steady streams, p99" in line)
+def test_the_table_has_all_sides_their_ratio_and_the_plain_copy():
+    lines = markdown(REPORT.page, REPORT.setting).splitlines()
+    row = next(line for line in lines if "inter-token of steady streams, p99 |" in line)
     assert row == (
         "| inter-token of steady streams, p99 | ms | 30.0 (30.0 to 60.0) | 300 (300 to 600) | 0.10 | lower |"
     )
     assert any("handoff" in line and "5.00" in line and "| - |" in line for line in lines)
-    assert any("memcpy of 35 MB in 94 pages" in line and "17.3" in line for line in lines)
+    assert "| memcpy of 35 MB in 94 pages | GB/s | 17.33 | - | - | higher |" in lines
     assert any("type 7" in line for line in lines)
     assert "Other processes used up to 3% of these cores." in lines
 
 
+def test_targets_stand_beside_what_was_measured():
+    rows = {row[0]: row[1:] for row in targets_table(REPORT.targets).rows}
+    assert rows["inter-token p99 / p50 of 1P1D"] == ["1.20", "≤ 1.50", "met"]
+    assert rows["inter-token p99 / that of unified"] == ["0.10", "≤ 0.33", "met"]
+    assert rows["TTFT p50 / that of unified"] == ["-", "≤ 2.00", "-"]
+
+
+@pytest.mark.parametrize(("value", "met"), [(0.89, False), (0.9, True), (None, None)])
+def test_a_target_is_met_at_its_limit(value, met):
+    assert at_least("", value, 0.9).met is met
+    assert at_most("", None if value is None else -value, -0.9).met is met
+
+
+def test_the_trials_before_are_told_and_the_chosen_one_is_marked():
+    text = markdown(REPORT.page, REPORT.setting)
+    assert "| unified, chunk 64 * | 200 (200 to 400) | - | - | - | 0 |" in text
+    assert "| unified, chunk 512 | 300" in text
+
+
+def test_the_steadiest_is_that_of_least_p99_and_of_equals_the_one_of_most_tokens():
+    slow, fast = result("a", 100.0, total_tokens_per_second=900.0), result("b", 104.0, total_tokens_per_second=1000.0)
+    assert steadiest([slow, fast]) is fast
+    assert steadiest([slow, fast, result("c", 90.0, total_tokens_per_second=10.0)]).name == "c"
+
+
 def test_a_report_can_be_read_back(tmp_path):
-    data, text = write(REPORT, tmp_path / "results")
-    assert msgspec.json.decode(data.read_bytes(), type=Report) == REPORT
-    assert text.read_text() == markdown(REPORT)
+    data, text = write(REPORT, REPORT.setting, REPORT.page, tmp_path / "results")
+    assert msgspec.json.decode(data.read_bytes(), type=CompareReport) == REPORT
+    assert text.read_text() == markdown(REPORT.page, REPORT.setting)
+    assert data.name.startswith("compare-mixed-20")
 
 
 def test_the_terminal_shows_the_same_rows():
     console = Console(width=140, file=StringIO())
-    show(REPORT, console)
+    show(REPORT.page, console)
     assert "inter-token of steady streams, p99" in console.file.getvalue()
+    assert "not met" not in console.file.getvalue()
 
 
 def test_the_typical_handoff_is_the_median_one():
