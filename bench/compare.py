@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,15 +14,14 @@ import msgspec
 from bench.client import OPTIONS, CompletionClient, open_session
 from bench.cluster import Cluster
 from bench.contenders import Contender
-from bench.load import LONG, LoadGenerator, Observed
+from bench.load import LONG
 from bench.measure import FIGURES, HandoffShape, Measurement, measure, typical_handoff
 from bench.memcpy import Copied, measure_memcpy
-from bench.processes import busy_seconds, own_seconds
 from bench.records import Record, fetch_records
-from bench.statistics import Repeated
+from bench.statistics import Repeated, repeated
+from bench.trial import Trial, play
 from bench.workload import Prompts, Workload
 
-OTHERS = "others"
 EVEN = 1.05
 """Two p99 that differ by less than this factor are taken for equal."""
 
@@ -112,26 +110,17 @@ def _median(result: Result, key: str, absent: float) -> float:
 def run_round(cluster: Cluster, workload: Workload, seed: int) -> Round:
     """Plays `workload` on a cluster that is up, and measures."""
     card = cluster.workers()[0].member.model
-    tree = cluster.tree
-    cores = os.sched_getaffinity(0)
-    edges: dict[str, dict[str, float]] = {}
 
-    def mark(edge: str) -> None:
-        members = tree.cpu_seconds()
-        ours = sum(members.values()) + own_seconds()
-        edges[edge] = members | {OTHERS: busy_seconds(cores) - ours}
-
-    async def play() -> tuple[Observed, list[Record]]:
+    async def play_and_ask() -> tuple[Trial, list[Record]]:
         async with open_session() as session:
             client = CompletionClient(session, cluster.url, card.name, OPTIONS)
-            observed = await LoadGenerator(workload, client, Prompts(seed, card.vocab_size)).run(mark)
-            ids = [line.id for line in observed.sent(LONG) if line.id]
-            return observed, await fetch_records(session, cluster.url, ids)
+            trial = await play(workload, client, Prompts(seed, card.vocab_size), cluster.tree)
+            ids = [line.id for line in trial.observed.sent(LONG) if line.id]
+            return trial, await fetch_records(session, cluster.url, ids)
 
-    observed, records = asyncio.run(play())
-    spent = {name: seconds - edges["start"].get(name, 0.0) for name, seconds in edges["end"].items()}
-    others = spent.pop(OTHERS) / (observed.seconds * len(cores))
-    return Round(measure(observed, records, spent, others), typical_handoff(records))
+    trial, records = asyncio.run(play_and_ask())
+    measurement = measure(trial.observed, records, trial.cpu_seconds, trial.others_share)
+    return Round(measurement, typical_handoff(records))
 
 
 def _result(contender: Contender, rounds: Sequence[Round]) -> Result:
@@ -142,15 +131,10 @@ def _result(contender: Contender, rounds: Sequence[Round]) -> Result:
         topology=contender.topology.name,
         settings=list(contender.settings),
         rounds=measured,
-        figures=_repeated([one.figures for one in measured], [figure.key for figure in FIGURES]),
-        cpu_per_thousand_tokens=_repeated([one.cpu_per_thousand_tokens for one in measured], names),
+        figures=repeated([one.figures for one in measured], [figure.key for figure in FIGURES]),
+        cpu_per_thousand_tokens=repeated([one.cpu_per_thousand_tokens for one in measured], names),
         handoff=next((one.handoff for one in rounds if one.handoff is not None), None),
     )
-
-
-def _repeated(rounds: Sequence[Mapping[str, float]], keys: Sequence[str]) -> dict[str, Repeated]:
-    found = {key: Repeated.of([one[key] for one in rounds if key in one]) for key in keys}
-    return {key: repeated for key, repeated in found.items() if repeated is not None}
 
 
 def _ratios(first: Result, second: Result) -> dict[str, float]:

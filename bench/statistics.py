@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 import msgspec
@@ -50,3 +50,9 @@ class Repeated(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, values: Sequence[float]) -> Repeated | None:
         return cls(median(values), min(values), max(values)) if values else None
+
+
+def repeated(rounds: Sequence[Mapping[str, float]], keys: Sequence[str]) -> dict[str, Repeated]:
+    """Each of these figures over the rounds that have it; without those that none has."""
+    found = {key: Repeated.of([one[key] for one in rounds if key in one]) for key in keys}
+    return {key: figure for key, figure in found.items() if figure is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import msgspec
@@ -76,13 +76,14 @@ WORKLOADS: Mapping[str, Workload] = MappingProxyType(
 class Prompts:
     """Deterministic prompts of token ids. No two share a beginning, so that no cache helps anybody."""
 
-    def __init__(self, seed: int, vocab_size: int) -> None:
+    def __init__(self, seed: int, vocab_size: int, *, ids: Sequence[int] | None = None) -> None:
+        """Of `ids`; by default of all plain tokens of the vocabulary."""
         if vocab_size <= FIRST_PLAIN_TOKEN:
             raise ValueError(f"a vocabulary of {vocab_size} tokens leaves none above {FIRST_PLAIN_TOKEN}")
         self._seed = seed
-        self._vocab_size = vocab_size
+        self._ids = ids or range(FIRST_PLAIN_TOKEN, vocab_size)
 
     def prompt(self, stream: str, number: int, tokens: int) -> list[int]:
         """Prompt `number` of `stream`, `tokens` ids long, whatever was asked for before."""
         draw = random.Random(f"{self._seed}/{stream}/{number}")
-        return [draw.randrange(FIRST_PLAIN_TOKEN, self._vocab_size) for _ in range(tokens)]
+        return [draw.choice(self._ids) for _ in range(tokens)]
