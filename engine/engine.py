@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from cluster.config import Dtype, Topology, WeightsFrom
@@ -22,17 +20,16 @@ from cluster.errors import ConfigError, InvalidRequest, PromptTooLong
 from cluster.layout import KVLayout
 from cluster.messages import Fence, FinishReason, Logprobs, ModelCard, Sampling
 from cluster.model_files import resolve_model
-from engine.attention.base import Span
-from engine.attention.torch_paged import TorchPagedAttention
+from engine.batch import build_step
 from engine.device import open_device
 from engine.kv_cache import KVCache
-from engine.model import Decoder
 from engine.pages import Owner, OwnerKind, PageLedger
 from engine.prefix_cache import PrefixCache
 from engine.sampler import choose
 from engine.scheduler import Chunk, Scheduler, StepPlan
 from engine.sequence import Sequence
-from engine.shapes import ROWS, rounded, series
+from engine.shapes import ROWS, series
+from engine.torch_decoder import TorchDecoder
 from engine.weights import open_model
 
 __all__ = ["Engine", "EngineConfig", "Progress", "Sampled", "StepPlan", "StepResult"]
@@ -131,10 +128,8 @@ class Engine:
         self.steps = 0
         """Steps since the start: grows while the engine makes progress."""
         self._config = config
-        self._device = device
         self._cache = KVCache(self.layout, config.pool_pages + TRIAL_PAGES, device)
-        self._attention = TorchPagedAttention(self._cache, architecture.heads, architecture.windows)
-        self._decoder = Decoder(architecture, files.weights, getattr(torch, config.dtype.value), device)
+        self._decoder = TorchDecoder(architecture, files.weights, self._cache)
         self.prefixes = PrefixCache(self.ledger, config.page_size, enabled=config.prefix_cache)
         self._scheduler = Scheduler(
             self.ledger, self.prefixes, config.page_size, config.max_running, config.chunk_tokens
@@ -227,7 +222,7 @@ class Engine:
         keep its hands off this engine."""
         sequences = plan.sampling
         with torch.inference_mode():
-            choices = choose(self._logits(plan.chunks, between_layers), sequences)
+            choices = choose(self._decoder.forward(build_step(plan.chunks), between_layers), sequences)
         prefills = [chunk for chunk in plan.chunks if chunk.prefills]
         offsets = [len(sequence.output) for sequence in sequences]
         finished = self._scheduler.commit(plan, [choice.token for choice in choices])
@@ -246,17 +241,14 @@ class Engine:
     def warm_up(self) -> None:
         """Computes steps of all sizes, so that the first request finds kernels, memory and threads ready."""
         owner = Owner(OwnerKind.WARMUP, WARM_UP)
-        tokens = min(self._config.chunk_tokens, self.model.context_length, self.ledger.total * self.layout.page_size)
+        config, context = self._config, min(self.model.context_length, self.ledger.total * self.layout.page_size)
+        tokens = min(config.chunk_tokens, context)
         pages = self.ledger.allocate(owner, self.layout.pages_for(tokens))
         with torch.inference_mode():
-            for rows in series(self._config.chunk_tokens + self._config.max_running, ROWS):
-                self._decoder.warm_up(rows)
-            for rows in series(self._config.max_running, ROWS):
-                self._decoder.warm_up_head(rows)
-            self._attention.warm_up(pages[0], min(self.model.context_length, self.ledger.total * self.layout.page_size))
+            self._decoder.warm_up(pages[0], config.chunk_tokens + config.max_running, config.max_running, context)
             for length in dict.fromkeys((tokens, max(1, tokens // 2), 1)):
                 self._warm_up_step(pages, [length])
-            for batch in series(min(self._config.max_running, len(pages)), ROWS):
+            for batch in series(min(config.max_running, len(pages)), ROWS):
                 self._warm_up_step(pages, [1] * min(batch, len(pages)))
         self.ledger.release(owner)
 
@@ -266,29 +258,7 @@ class Engine:
         chunks = [Chunk(Sequence(WARM_UP, [0] * length, [], sampling), 0, length) for length in lengths]
         for first, chunk in enumerate(chunks):
             chunk.sequence.pages = pages[first:]
-        choose(self._logits(chunks), [chunk.sequence for chunk in chunks])
-
-    def _logits(self, chunks: list[Chunk], between_layers: Callable[[], None] = lambda: None) -> torch.Tensor:
-        """Computes the chunks' KV; the logits of the sequences that sample, [sequences, vocabulary]."""
-        counts = np.array([chunk.stop - chunk.start for chunk in chunks])
-        ends = np.cumsum(counts)
-        rows = rounded(int(ends[-1]), ROWS)
-        tokens = self._padded([np.array(chunk.sequence.tokens(chunk.start, chunk.stop)) for chunk in chunks], rows)
-        positions = self._padded([np.arange(chunk.start, chunk.stop) for chunk in chunks], rows)
-        spans = [
-            Span(row, chunk.start, chunk.stop, chunk.sequence.pages)
-            for row, chunk in zip((ends - counts).tolist(), chunks, strict=True)
-        ]
-        sampling = ends[[chunk.samples for chunk in chunks]] - 1
-        sampled = self._padded([sampling], rounded(len(sampling), ROWS))
-        attention = self._attention.plan(spans, rows)
-        return self._decoder.forward(tokens, positions, attention, sampled, between_layers)[: len(sampling)]
-
-    def _padded(self, parts: list[npt.NDArray[np.int64]], size: int) -> torch.Tensor:
-        """All parts in a row, then zeros: int64 [size]."""
-        padded = np.zeros(size, dtype=np.int64)
-        np.concatenate(parts, out=padded[: sum(map(len, parts))])
-        return torch.from_numpy(padded).to(self._device)
+        choose(self._decoder.forward(build_step(chunks)), [chunk.sequence for chunk in chunks])
 
 
 def _context_length(config: EngineConfig, models_own: int) -> int:

@@ -1,0 +1,114 @@
+"""The decoder in torch: any device, any dtype, all families of `engine.model_config`.
+
+It computes a step's tokens of all sequences at once, as rows, padded to one of few sizes (`engine.shapes`); which row
+belongs to whom only attention knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from engine.attention.torch_paged import TorchPagedAttention
+from engine.decoder import Integers, Step
+from engine.kv_cache import KVCache
+from engine.linear import Linear, make_linear
+from engine.model_config import ModelConfig
+from engine.rope import RotaryEmbedding, rotate
+from engine.shapes import ROWS, rounded, series
+from engine.weights.base import Weights
+from engine.weights.layers import read_layer
+
+_PRODUCTS = ("query_key_value", "output", "gate_up", "down")
+
+
+class _Layer(NamedTuple):
+    attention_norm: Tensor
+    query_key_value: Linear
+    query_key_norm: Tensor | None
+    """[heads + kv_heads, head_dim]"""
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class TorchDecoder:
+    """Implements `Decoder`; no state between calls."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache) -> None:
+        dtype, self._device = cache.pool.dtype, cache.pool.device
+
+        def read(name: str) -> Tensor:
+            return weights.read(name).to(device=self._device, dtype=dtype)
+
+        self._config = config
+        self._embedding = read("model.embed_tokens.weight")
+        self._layers = []
+        for layer in range(config.layers):
+            parameters = read_layer(config, read, layer)
+            products = {name: make_linear(*getattr(parameters, name)) for name in _PRODUCTS}
+            self._layers.append(_Layer(**(parameters._asdict() | products)))
+        self._norm = read("model.norm.weight")
+        self._head = make_linear(self._embedding if config.tied_embeddings else read("lm_head.weight"))
+        self._rope = RotaryEmbedding(config.rope, config.head_dim, self._device)
+        self._attention = TorchPagedAttention(cache, config.heads, config.windows)
+
+    def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
+        rows = rounded(len(step.tokens), ROWS)
+        attention = self._attention.plan(step.spans, rows)
+        hidden = functional.embedding(self._padded(step.tokens, rows), self._embedding)
+        rope = self._rope.tables(self._padded(step.positions, rows), hidden.dtype)
+        for index, layer in enumerate(self._layers):
+            query, key, value = self._query_key_value(layer, self._normed(hidden, layer.attention_norm), rope)
+            attended = attention.attend(index, query, key, value)
+            hidden = layer.output.add_to(hidden, attended.view(rows, -1))
+            gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, -1)
+            hidden = layer.down.add_to(hidden, functional.silu(gate).mul_(up))
+            between_layers()
+        if len(step.sampled) == 0:
+            return hidden.new_empty((0, self._config.vocab_size), dtype=torch.float32)
+        sampled = self._padded(step.sampled, rounded(len(step.sampled), ROWS))
+        logits = self._head(self._normed(hidden.index_select(0, sampled), self._norm))
+        return logits[: len(step.sampled)].float()
+
+    def warm_up(self, page: int, rows: int, running: int, context: int) -> None:
+        for size in series(rows, ROWS):
+            self._warm_up_products(size)
+        for size in series(running, ROWS):
+            self._head(self._embedding.new_zeros(size, self._config.hidden_size))
+        self._attention.warm_up(page, context)
+
+    def _warm_up_products(self, rows: int) -> None:
+        """Those of one layer: the others' are of the same sizes."""
+        config, layer = self._config, self._layers[0]
+        hidden = self._embedding.new_zeros(rows, config.hidden_size)
+        layer.query_key_value(hidden)
+        layer.output.add_to(hidden, hidden.new_zeros(rows, config.heads * config.head_dim))
+        layer.gate_up(hidden)
+        layer.down.add_to(hidden, hidden.new_zeros(rows, config.intermediate_size))
+
+    def _padded(self, values: Integers, size: int) -> Tensor:
+        """The values, then zeros: int64 [size]."""
+        padded = np.zeros(size, dtype=np.int64)
+        padded[: len(values)] = values
+        return torch.from_numpy(padded).to(self._device)
+
+    def _query_key_value(self, layer: _Layer, inputs: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """[rows, heads, head_dim], and twice [rows, kv_heads, head_dim]"""
+        heads, kv_heads, head_dim = self._config.heads, self._config.kv_heads, self._config.head_dim
+        fused = layer.query_key_value(inputs).view(len(inputs), heads + 2 * kv_heads, head_dim)
+        query_key, value = torch.split(fused, [heads + kv_heads, kv_heads], 1)
+        if layer.query_key_norm is not None:
+            query_key = functional.rms_norm(query_key, (head_dim,), None, self._config.norm_epsilon)
+            query_key = query_key * layer.query_key_norm
+        query, key = torch.split(rotate(query_key, *rope), [heads, kv_heads], 1)
+        return query, key, value
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(hidden, weight.shape, weight, self._config.norm_epsilon)
