@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 from aiohttp import web
 
+from cluster.clock import MonotonicClock
 from cluster.config import Topology
 from cluster.engine_host import EngineHost
 from cluster.errors import ConfigError, Draining, ProtocolError, UnknownMessage
@@ -58,6 +59,7 @@ class WorkerShell:
         self.name = name
         self.role = role
         self.topology = topology
+        self._clock = MonotonicClock()
         self.metrics = WorkerMetrics(name, role)
         self.load = Load(ready=False)
         self.member: Member | None = None
@@ -196,7 +198,7 @@ class WorkerShell:
                 if not isinstance(message, (ATTEMPT_TYPES[self.role], CancelAttempt)):
                     raise UnknownMessage(f"{type(message).__name__} is not for a {self.role.value} worker")
                 log.debug("from router", kind=type(message).__name__, request=message.fence.request)
-                self.post(FromRouter(router, message))
+                self.post(FromRouter(router, message, self._clock.now()))
         except LinkClosed as closed:
             log.info("router disconnected", router=router, reason=str(closed))
         except (ProtocolError, Draining) as error:

@@ -47,6 +47,7 @@ EARLY_OFFER_SECONDS = 10.0
 """An offer whose attempt has not come from the router by then is refused: the router is gone."""
 ENDED_MEMORY = 4096
 """Fences of ended attempts that are remembered, so that a late offer for one is refused at once."""
+PeerMessage = FromPeer | PeerUp | PeerDown
 WAITING_STATES = (DecodeState.RESERVING, DecodeState.OFFERED, DecodeState.AWAITING_KV)
 
 
@@ -57,13 +58,19 @@ class _Attempt:
 
 
 class DecodeLoop:
-    """A `cluster.step_loop.StepHandler`. `send` puts a message into the channel to the control process, at once."""
+    """A `cluster.step_loop.StepHandler`. `send` puts a message into the channel to the control process, at once;
+    `receive_only` takes messages of some kinds out of it, see `EngineChannel`.
+
+    KV that arrives does not wait for the step under way: between two layers the receiver is given what has come for it,
+    so that a DONE is verified and answered at once, and the sequence is in the next step, not in the one after.
+    """
 
     def __init__(
         self,
         engine: Engine,
         receiver: HandoffReceiver,
         send: Callable[[Message], None],
+        receive_only: Callable[[tuple[type[PeerMessage], ...]], list[PeerMessage]],
         clock: Clock,
         epoch: int,
         on_close: Callable[[], None],
@@ -71,6 +78,7 @@ class DecodeLoop:
         self._engine = engine
         self._receiver = receiver
         self._send = send
+        self._receive_only = receive_only
         self._clock = clock
         self._epoch = epoch
         self._on_close = on_close
@@ -87,18 +95,22 @@ class DecodeLoop:
     def handle(self, message: AnyMessage, now: float) -> None:
         if isinstance(message, FromRouter):
             self._from_router(message, now)
-        elif isinstance(message, FromPeer):
-            if isinstance(message.message, Offer | Done | Aborted):
-                self._receiver.receive(message.worker, message.epoch, message.message)
-            else:
-                self._stale += 1
-        elif isinstance(message, PeerUp):
-            self._receiver.peer_up(message.hello)
-        elif isinstance(message, PeerDown):
-            self._receiver.peer_down(message.worker, message.epoch)
+        elif isinstance(message, FromPeer | PeerUp | PeerDown):
+            self._from_peer(message)
         elif isinstance(message, RouterGone):
             for fence in [fence for fence, attempt in self._attempts.items() if attempt.router == message.router]:
                 self._feed(fence, state.Cancelled("the router's connection broke"), now)
+
+    def _from_peer(self, message: PeerMessage) -> None:
+        """Touches the receiver only: it may come in the middle of a step."""
+        if isinstance(message, PeerUp):
+            self._receiver.peer_up(message.hello)
+        elif isinstance(message, PeerDown):
+            self._receiver.peer_down(message.worker, message.epoch)
+        elif isinstance(message.message, Offer | Done | Aborted):
+            self._receiver.receive(message.worker, message.epoch, message.message)
+        else:
+            self._stale += 1
 
     def _from_router(self, envelope: FromRouter, now: float) -> None:
         message = envelope.message
@@ -106,9 +118,9 @@ class DecodeLoop:
             if message.fence in self._attempts:
                 self._feed(message.fence, state.Cancelled(message.reason), now)
         elif isinstance(message, DecodeAttempt):
-            self._begin(envelope.router, message, now)
+            self._begin(envelope.router, message, now if envelope.received_at is None else envelope.received_at, now)
 
-    def _begin(self, router: str, message: DecodeAttempt, now: float) -> None:
+    def _begin(self, router: str, message: DecodeAttempt, received_at: float, now: float) -> None:
         fence = message.fence
         if fence in self._attempts:
             self._stale += 1
@@ -119,7 +131,7 @@ class DecodeLoop:
         except (RequestError, StaleFence) as error:
             self._send(ToRouter(router, AttemptFailed(fence, Role.DECODE, Role.DECODE, error.to_info())))
             return
-        attempt = self._attempts[fence] = _Attempt(router, DecodeMachine(message, now))
+        attempt = self._attempts[fence] = _Attempt(router, DecodeMachine(message, received_at))
         log.debug("reserving", request=fence.request, tokens=len(message.prompt), prefill=message.prefill)
         for action in attempt.machine.begin():
             self._carry_out(fence, attempt, action)
@@ -149,13 +161,19 @@ class DecodeLoop:
         return True
 
     def _compute(self, plan: StepPlan) -> None:
-        result = self._engine.execute(plan)
+        between_layers = self._attend_to_handoffs if self._receiver.active else _nothing
+        result = self._engine.execute(plan, between_layers)
         now = self._clock.now()
         for progress in result.progress:
             self._feed(progress.key, state.ChunkComputed(), now)
         self._emit(result)
         for sampled in result.sampled:
             self._feed(sampled.key, state.Sampled(result.batch_size, sampled.finished), now)
+
+    def _attend_to_handoffs(self) -> None:
+        for message in self._receive_only((FromPeer, PeerUp, PeerDown)):
+            self._from_peer(message)
+        self._receiver.advance()
 
     def _emit(self, result: StepResult) -> None:
         """One message per router and step."""
@@ -170,8 +188,8 @@ class DecodeLoop:
         match event:
             case transfer.OfferArrived(fence=fence):
                 self._offered(fence, now)
-            case transfer.KVArrived(fence=fence, first_token=token):
-                self._feed(fence, state.KVArrived(token), now)
+            case transfer.KVArrived(fence=fence, first_token=token, verify_seconds=seconds):
+                self._feed(fence, state.KVArrived(token, seconds), now)
             case transfer.HandoffFailed(fence=fence, error=error, blame=blame):
                 self._early.pop(fence, None)
                 if fence in self._attempts:
@@ -288,3 +306,7 @@ class DecodeLoop:
 
     def close(self) -> None:
         self._on_close()
+
+
+def _nothing() -> None:
+    """Between two layers, where no KV is awaited: decoding pays for nothing."""

@@ -53,6 +53,8 @@ class KVArrived(msgspec.Struct, frozen=True):
     """Verified and acknowledged; the pages are ours. `token` is the first of the output."""
 
     token: int
+    verify_seconds: float
+    """DONE received until then."""
 
 
 class HandoffFailed(msgspec.Struct, frozen=True):
@@ -147,28 +149,36 @@ class DecodeMachine(StateMachine[Action]):
         super().__init__(str(attempt.fence), DecodeState.PREFILLING if unified else DecodeState.RESERVING)
         self.attempt = attempt
         self._received_at = now
+        self._offered_at = now
+        self._leased_at = now
         self._prefill_started_at = now
         self._prefilled_at = now
         self._running_since = now
+        self._first_step_seconds = 0.0
+        self._verify_seconds = 0.0
         self._chunks = 0
         self._cached = 0
         self._steps = 0
         self._batch_sum = 0
+        self._batch_max = 0
 
     def begin(self) -> list[Action]:
         """The actions that the attempt's arrival asks for."""
         return [Submit(None)] if self.state is DecodeState.PREFILLING else []
 
     def _offered(self, event: OfferArrived, now: float) -> list[Action]:
+        self._offered_at = self._leased_at = now
         self.to(DecodeState.OFFERED)
         return [LeasePages()]
 
     def _leased(self, event: PagesLeased, now: float) -> list[Action]:
+        self._leased_at = now
         self.to(DecodeState.AWAITING_KV)
         return []
 
     def _run(self, event: KVArrived, now: float) -> list[Action]:
         self._running_since = now
+        self._verify_seconds = event.verify_seconds
         self.to(DecodeState.RUNNING)
         return [Submit(event.token), Report(AttemptStarted(self.attempt.fence, Role.DECODE))]
 
@@ -188,8 +198,11 @@ class DecodeMachine(StateMachine[Action]):
         return self._end(event.finished, now) if event.finished is not None else []
 
     def _sampled(self, event: Sampled, now: float) -> list[Action]:
+        if self._steps == 0:
+            self._first_step_seconds = now - self._running_since
         self._steps += 1
         self._batch_sum += event.batch_size
+        self._batch_max = max(self._batch_max, event.batch_size)
         return self._end(event.finished, now) if event.finished is not None else []
 
     def _fail_without_pages(self, event: HandoffFailed, now: float) -> list[Action]:
@@ -233,6 +246,10 @@ class DecodeMachine(StateMachine[Action]):
             steps=self._steps,
             batch_sum=self._batch_sum,
             prefill=prefill,
+            batch_max=self._batch_max,
+            lease_seconds=self._leased_at - self._offered_at,
+            verify_seconds=self._verify_seconds,
+            first_step_seconds=self._first_step_seconds,
         )
         return Report(AttemptFinished(self.attempt.fence, Role.DECODE, reason, decode=timings))
 

@@ -20,9 +20,7 @@ from kv_transfer.thread import TransferThread
 def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     """Loads the model, registers its pool, warms up. Raises `ConfigError` for what can't work."""
     topology, section, epoch = context.topology, context.topology.decode, context.epoch
-    engine = Engine(
-        EngineConfig.from_topology(topology, section.max_running, section.chunk_tokens, threads=len(context.cores))
-    )
+    engine = Engine(EngineConfig.from_topology(topology, section, threads=len(context.cores)))
     engine.warm_up()
     pool = PoolMemory(engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes)
     backend = open_backend(topology.kv.transfer, f"{context.name}-{epoch}", pool, context.host)
@@ -31,7 +29,9 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     thread = TransferThread(backend, digester, context.clock, context.channel.wake, pool.trial_page)
     receiver = HandoffReceiver(thread, engine.layout, context.send_to_peer, context.clock, check, epoch=epoch)
     ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current())
-    return DecodeLoop(engine, receiver, context.send, context.clock, epoch, thread.close), ready
+    return DecodeLoop(
+        engine, receiver, context.send, context.channel.receive_only, context.clock, epoch, thread.close
+    ), ready
 
 
 if __name__ == "__main__":

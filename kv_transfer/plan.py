@@ -43,6 +43,11 @@ class WritePlan:
         return len(self._targets or ())
 
     @property
+    def skipped_pages(self) -> int:
+        """Pages that the receiver has already; 0 before the grant."""
+        return self._skipped_pages
+
+    @property
     def complete(self) -> bool:
         """Every granted page has been posted."""
         return self._targets is not None and self._posted == len(self._targets)

@@ -50,10 +50,11 @@ class OfferArrived:
 
 @dataclass(frozen=True)
 class KVArrived:
-    """The KV is in the granted pages and verified; they are ours again."""
+    """The KV is in the granted pages and verified; they are ours again. `verify_seconds`: since DONE."""
 
     fence: Fence
     first_token: int
+    verify_seconds: float
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,7 @@ class HandoffReceiver:
     def poll(self, now: float) -> list[ReceiverEvent]:
         """Picks up what the transfer thread has done. Raises whatever ended that thread. Call it a few times a second
         even when idle: it looks for proof that the writers of quarantined pages are dead."""
-        for result in self._thread.results():
-            self._finish(result)
+        self.advance()
         if now >= self._proof_at:
             self._proof_at = now + PROOF_SECONDS
             self._look_for_dead_writers()
@@ -217,6 +217,13 @@ class HandoffReceiver:
             del self._leases[fence]
         events, self._events = self._events, []
         return events
+
+    def advance(self) -> None:
+        """Picks up what the transfer thread has done, and answers the writers. What our worker is to hear of it waits
+        for the next `poll`: so this may come at any moment, in the middle of a step too, and so may `receive` and the
+        news of peers. Raises whatever ended that thread."""
+        for result in self._thread.results():
+            self._finish(result)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -301,7 +308,7 @@ class HandoffReceiver:
 
 def _as_event(fence: Fence, action: state.Accept | state.Fail | state.EndLease) -> ReceiverEvent:
     if isinstance(action, state.Accept):
-        return KVArrived(fence, action.first_token)
+        return KVArrived(fence, action.first_token, action.verify_seconds)
     if isinstance(action, state.Fail):
         return HandoffFailed(fence, action.error, action.blame)
     return LeaseEnded(fence)

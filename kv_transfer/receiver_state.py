@@ -128,9 +128,10 @@ class DrainWrites:
 
 @dataclass(frozen=True)
 class Accept:
-    """The KV is here and whole; the pages are ours."""
+    """The KV is here and whole; the pages are ours. `verify_seconds`: since DONE."""
 
     first_token: int
+    verify_seconds: float
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class ReceiverLease(StateMachine[ReceiverAction]):
         self._with_digests = digests
         self._grant: Grant | None = None
         self._done: DoneArrived | None = None
+        self._done_at = 0.0
 
     # --- OFFERED -----------------------------------------------------------------------------------------------------
 
@@ -199,7 +201,7 @@ class ReceiverLease(StateMachine[ReceiverAction]):
     def _verify(self, event: DoneArrived, now: float) -> list[ReceiverAction]:
         """DONE is the writer's last word on the pages, whatever we find in them."""
         assert self._grant is not None
-        self._done = event
+        self._done, self._done_at = event, now
         self.to(ReceiverState.VERIFYING)
         return [Verify(tuple(self._grant.pages))]
 
@@ -231,7 +233,7 @@ class ReceiverLease(StateMachine[ReceiverAction]):
             return self._damaged(event.digests, self._done.digests)
         self.answer = Ack(self.fence)
         self.to(ReceiverState.ENDED)
-        return [Send(self.answer), Accept(self._done.first_token)]
+        return [Send(self.answer), Accept(self._done.first_token, now - self._done_at)]
 
     def _damaged(self, found: Sequence[int], expected: Sequence[int]) -> list[ReceiverAction]:
         """The writer and its engine are to blame: the bytes were theirs until DONE."""

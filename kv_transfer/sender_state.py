@@ -150,6 +150,8 @@ class SenderHandoff(StateMachine[SenderAction]):
         self._offered_at = now
         self._granted_at = now
         self._computed_at = now
+        self._done_at = now
+        self._batches = 0
         self._write_seconds = 0.0
         self._written_until = now
 
@@ -196,7 +198,7 @@ class SenderHandoff(StateMachine[SenderAction]):
             return self._fail(error.to_info(), Role.DECODE)
         self._granted_at = now
         self.to(SenderState.SENDING)
-        return self._advance()
+        return self._advance(now)
 
     def _granted_again(self, event: Granted, now: float) -> list[SenderAction]:
         """A repetition is fine; other pages for the same fence are not."""
@@ -207,13 +209,13 @@ class SenderHandoff(StateMachine[SenderAction]):
     def _computed(self, event: Computed, now: float) -> list[SenderAction]:
         self._plan.computed(event.pages, event.tokens)
         self._computed_at = now
-        return self._advance()
+        return self._advance(now)
 
     def _finished(self, event: Finished, now: float) -> list[SenderAction]:
         if not self._plan.all_computed:
             raise ValueError(f"{self.name}: finished before all {self._plan.tokens} tokens were computed")
         self._first_token = event.first_token
-        return self._advance()
+        return self._advance(now)
 
     def _written(self, event: BatchEnded, now: float) -> list[SenderAction]:
         self._count(event)
@@ -222,22 +224,24 @@ class SenderHandoff(StateMachine[SenderAction]):
             unreachable = isinstance(event.error, (PeerUnreachable, ProtocolError))
             error = TransferFailed(event.error.message).to_info()
             return self._fail(error, Role.DECODE if unreachable else Role.PREFILL)
-        return self._advance()
+        return self._advance(now)
 
     def _stopped(self, event: BatchEnded, now: float) -> list[SenderAction]:
         self._count(event)
         return self._end_if_still()
 
-    def _advance(self) -> list[SenderAction]:
+    def _advance(self, now: float) -> list[SenderAction]:
         """Posts what can go out; when nothing is left, says DONE."""
         if self.state is not SenderState.SENDING:
             return []
         batch = self._plan.next_batch()
         if batch is not None:
             self._in_flight += 1
+            self._batches += 1
             return [Post(batch)]
         if self._first_token is None or self._in_flight or not self._plan.complete:
             return []
+        self._done_at = now
         self.to(SenderState.HOLDING)
         return [self._done()]
 
@@ -262,6 +266,9 @@ class SenderHandoff(StateMachine[SenderAction]):
             exposed_seconds=now - self._computed_at,
             pages=self._plan.granted_pages,
             bytes=self._plan.granted_pages * self._page_bytes,
+            tail_seconds=self._done_at - self._computed_at,
+            skipped_pages=self._plan.skipped_pages,
+            batches=self._batches,
         )
         return [Release(None, None, timings)]
 

@@ -110,9 +110,9 @@ class PrefillLoop:
             if message.fence in self._attempts:
                 self._feed(message.fence, state.Cancelled(message.reason), now)
         elif isinstance(message, PrefillAttempt):
-            self._begin(envelope.router, message, now)
+            self._begin(envelope.router, message, now if envelope.received_at is None else envelope.received_at)
 
-    def _begin(self, router: str, attempt: PrefillAttempt, now: float) -> None:
+    def _begin(self, router: str, attempt: PrefillAttempt, received_at: float) -> None:
         fence = attempt.fence
         if fence in self._attempts:
             self._stale += 1
@@ -124,7 +124,7 @@ class PrefillLoop:
         except (RequestError, StaleFence) as error:
             self._send(ToRouter(router, AttemptFailed(fence, Role.PREFILL, Role.PREFILL, error.to_info())))
             return
-        self._attempts[fence] = _Attempt(router, PrefillMachine(attempt, now))
+        self._attempts[fence] = _Attempt(router, PrefillMachine(attempt, received_at))
         log.debug("queued", request=fence.request, tokens=len(attempt.prompt), decode=attempt.decode)
 
     def _require_our_life(self, fence: Fence) -> None:

@@ -49,7 +49,7 @@ def test_pages_arrive_chunk_by_chunk_and_both_sides_end(world):
     world.sender.finish(fence(), 42)
     world.poll_sender()
     world.deliver()
-    assert world.poll_receiver() == [KVArrived(fence(), 42)]
+    assert world.poll_receiver() == [KVArrived(fence(), 42, 0.0)]
     assert [world.target.read(page) for page in (5, 3, 9)] == [world.source.read(page) for page in (1, 2, 3)]
     world.deliver()
     (ended,) = world.poll_sender()
@@ -67,7 +67,7 @@ def test_pages_computed_before_the_grant_wait_and_skipped_ones_stay(world):
     world.deliver()
     world.poll_sender()
     world.deliver()
-    assert world.poll_receiver() == [KVArrived(fence(), 42)]
+    assert world.poll_receiver() == [KVArrived(fence(), 42, 0.0)]
     assert world.target.read(9) == world.source.read(3)
     assert world.target.read(5) == before
 
@@ -113,7 +113,7 @@ def test_the_next_handoff_after_a_failed_write_connects_again(world):
     world.sender.finish(again, 1)
     world.poll_sender()
     world.deliver()
-    assert KVArrived(again, 1) in world.poll_receiver()
+    assert KVArrived(again, 1, 0.0) in world.poll_receiver()
 
 
 def test_cancelled_pages_stay_in_quarantine_while_a_write_is_under_way(world):
@@ -269,7 +269,7 @@ def test_repeated_messages_change_nothing(world):
     world.to_decode.append(world.to_decode[0])
     world.to_decode.append(Offer(fence(), 10))
     world.deliver()
-    assert world.poll_receiver() == [KVArrived(fence(), 42)]
+    assert world.poll_receiver() == [KVArrived(fence(), 42, 0.0)]
     world.to_decode.append(Offer(fence(), 10))
     world.deliver()
     (ended,) = world.poll_sender()

@@ -87,7 +87,7 @@ def test_pages_are_verified_before_they_are_accepted():
     assert lease.handle(GrantPages((7, 8), 0), 1.0) == [Expect(), Send(grant)]
     assert lease.handle(OfferedAgain(), 1.0) == [Send(grant)]
     assert lease.handle(DoneArrived(42, (1, 2)), 1.0) == [Verify((7, 8))]
-    assert lease.handle(Verified((1, 2)), 1.0) == [Send(Ack(fence())), Accept(42)]
+    assert lease.handle(Verified((1, 2)), 1.0) == [Send(Ack(fence())), Accept(42, 0.0)]
 
 
 @pytest.mark.parametrize("digests", [(1, 3), (1,), (), (1, 2, 3)])
@@ -103,7 +103,7 @@ def test_damaged_pages_fail_and_come_back_at_once(digests):
 def test_without_digests_done_is_enough():
     lease = in_state(ReceiverState.GRANTED, digests=False)
     lease.handle(DoneArrived(42, ()), 1.0)
-    assert Accept(42) in lease.handle(Verified(()), 1.0)
+    assert Accept(42, 0.0) in lease.handle(Verified(()), 1.0)
 
 
 @pytest.mark.parametrize("proof", [AbortedArrived, DoneArrived, WriterFenced])
@@ -127,7 +127,7 @@ def test_a_broken_connection_after_done_does_no_harm():
     lease = in_state(ReceiverState.VERIFYING)
     lease.handle(PeerDown(), 1.0)
     lease.handle(WriterFenced(), 1.0)
-    assert Accept(42) in lease.handle(Verified((1, 2)), 1.0)
+    assert Accept(42, 0.0) in lease.handle(Verified((1, 2)), 1.0)
 
 
 @pytest.mark.parametrize(("pages", "skip"), [((7,), 0), ((7, 8, 9), 0), ((7,), 3), ((7, 8), 4), ((), 12)])

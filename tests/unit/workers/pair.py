@@ -90,6 +90,7 @@ class Pair:
         self.dead: set[int] = set()
         self.closed: list[str] = []
         self.between_layers = lambda: None
+        self.between_decodes_layers = lambda: None
         self.to_prefill: deque[Message] = deque()
         self.to_decode: deque[Message] = deque()
         self.router: dict[Fence, list[Message]] = defaultdict(list)
@@ -113,7 +114,13 @@ class Pair:
             lambda: self.closed.append("prefill"),
         )
         self.decode = DecodeLoop(
-            decode_engine, self.receiver, self._hear, self.clock, DECODE_EPOCH, lambda: self.closed.append("decode")
+            decode_engine,
+            self.receiver,
+            self._hear,
+            self._in_decodes_step,
+            self.clock,
+            DECODE_EPOCH,
+            lambda: self.closed.append("decode"),
         )
         self.connect()
 
@@ -129,10 +136,12 @@ class Pair:
     def _in_mid_step(self, kinds) -> list:
         """What prefill's channel has between two layers; `between_layers` is where a test lets decode go on."""
         self.between_layers()
-        wanted = [message for message in self.to_prefill if isinstance(message, kinds)]
-        for message in wanted:
-            self.to_prefill.remove(message)
-        return wanted
+        return _taken(self.to_prefill, kinds)
+
+    def _in_decodes_step(self, kinds) -> list:
+        """The same of decode; `between_decodes_layers` is where a test lets prefill go on."""
+        self.between_decodes_layers()
+        return _taken(self.to_decode, kinds)
 
     def _hear(self, message: Message) -> None:
         """What a loop sends to its control process."""
@@ -166,17 +175,25 @@ class Pair:
         self.to_prefill.append(PeerDown("decode", DECODE_EPOCH))
         self.to_decode.append(PeerDown("prefill", PREFILL_EPOCH))
 
-    def request(self, name: str, prompt: list[int], sampling: Sampling, *, legs: str = "prefill decode") -> Fence:
+    def request(
+        self,
+        name: str,
+        prompt: list[int],
+        sampling: Sampling,
+        *,
+        legs: str = "prefill decode",
+        received_at: float | None = None,
+    ) -> Fence:
         """Sends a request's attempts. legs "decode" alone: unified; "prefill" alone: one token."""
         fence = Fence(
             name, 1, PREFILL_EPOCH if "prefill" in legs else 0, DECODE_EPOCH if "decode" in legs else 0
         )  # fmt: skip
         if "prefill" in legs:
             decode = "decode" if "decode" in legs else None
-            self.to_prefill.append(FromRouter(ROUTER, PrefillAttempt(fence, prompt, sampling, decode)))
+            self.to_prefill.append(FromRouter(ROUTER, PrefillAttempt(fence, prompt, sampling, decode), received_at))
         if "decode" in legs:
             prefill = "prefill" if "prefill" in legs else None
-            self.to_decode.append(FromRouter(ROUTER, DecodeAttempt(fence, prompt, sampling, prefill)))
+            self.to_decode.append(FromRouter(ROUTER, DecodeAttempt(fence, prompt, sampling, prefill), received_at))
         return fence
 
     def cancel(self, fence: Fence) -> None:
@@ -189,13 +206,27 @@ class Pair:
         """One turn of everything; whether anything happened."""
         self.clock.advance(0.01)
         happened = bool(self.to_prefill or self.to_decode)
-        for wire, loop in ((self.to_prefill, self.prefill), (self.to_decode, self.decode)):
-            for _ in range(len(wire)):
-                loop.handle(wire.popleft(), self.clock.now())
-            happened |= loop.step(self.clock.now())
-        for port in self.ports.values():
-            happened |= bool(port.commands)
-            port.run(turns=10)
+        for worker in ("prefill", "decode"):
+            happened |= self._loop_turn(worker)
+        for worker in ("prefill", "decode"):
+            happened |= self._port_turn(worker)
+        return happened
+
+    def turn_of(self, worker: str) -> None:
+        """One turn of one worker alone."""
+        self.clock.advance(0.01)
+        self._loop_turn(worker)
+        self._port_turn(worker)
+
+    def _loop_turn(self, worker: str) -> bool:
+        wire, loop = (self.to_prefill, self.prefill) if worker == "prefill" else (self.to_decode, self.decode)
+        for _ in range(len(wire)):
+            loop.handle(wire.popleft(), self.clock.now())
+        return loop.step(self.clock.now())
+
+    def _port_turn(self, worker: str) -> bool:
+        happened = bool(self.ports[worker].commands)
+        self.ports[worker].run(turns=10)
         return happened
 
     def settle(self, turns: int = 5000) -> None:
@@ -231,3 +262,10 @@ class Pair:
         for loop in (self.prefill, self.decode):
             load = loop.load()
             assert (load.queued, load.running, load.transfers, load.pages_quarantined) == (0, 0, 0, 0), load
+
+
+def _taken(wire: deque[Message], kinds) -> list:
+    wanted = [message for message in wire if isinstance(message, kinds)]
+    for message in wanted:
+        wire.remove(message)
+    return wanted

@@ -24,7 +24,7 @@ FENCE = Fence("request", 1, 10, 20)
 
 OFFER = state.OfferArrived()
 LEASED = state.PagesLeased()
-KV = state.KVArrived(42)
+KV = state.KVArrived(42, 0.01)
 FAILED = state.HandoffFailed(ErrorInfo("TransferFailed", "damaged"), Role.PREFILL)
 PREFILL_STARTED = state.PrefillStarted()
 CHUNK = state.ChunkComputed()

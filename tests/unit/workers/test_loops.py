@@ -7,12 +7,15 @@ import random
 import pytest
 
 from cluster.messages import (
+    Ack,
     AttemptFailed,
     AttemptFinished,
     CancelAttempt,
     DecodeAttempt,
+    Done,
     Fence,
     FinishReason,
+    FromPeer,
     FromRouter,
     PeerDown,
     PrefillAttempt,
@@ -51,10 +54,33 @@ def test_the_record_tells_chunks_pages_and_steps(pair):
     fence = pair.request("r", prompt(33), GREEDY)
     pair.settle()
     ends = pair.ends(fence)
-    assert (ends[Role.PREFILL].prefill.tokens, ends[Role.PREFILL].prefill.chunks) == (33, 3)
-    assert ends[Role.PREFILL].handoff.pages == 9
-    assert ends[Role.PREFILL].handoff.bytes == 9 * pair.engines["prefill"].page_bytes
-    assert (ends[Role.DECODE].decode.steps, ends[Role.DECODE].decode.batch_sum) == (5, 5)
+    prefill, handoff, decode = ends[Role.PREFILL].prefill, ends[Role.PREFILL].handoff, ends[Role.DECODE].decode
+    assert (prefill.tokens, prefill.chunks) == (33, 3)
+    assert (handoff.pages, handoff.skipped_pages, handoff.batches) == (9, 0, 3)
+    assert handoff.bytes == 9 * pair.engines["prefill"].page_bytes
+    assert 0 < handoff.tail_seconds <= handoff.exposed_seconds
+    assert (decode.steps, decode.batch_sum, decode.batch_max) == (5, 5, 1)
+    assert 0 < decode.verify_seconds < handoff.exposed_seconds
+    assert decode.first_step_seconds < decode.decode_seconds and decode.lease_seconds == 0
+
+
+def test_waiting_for_the_step_under_way_is_queueing(pair):
+    """The control process had the attempts while the engine computed: its word counts, not when the engine looked."""
+    for legs in ("prefill decode", "decode"):
+        fence = pair.request(legs, prompt(9), GREEDY, legs=legs, received_at=pair.clock.now() - 5.0)
+        pair.settle()
+        ends = pair.ends(fence)
+        prefill = ends[Role.PREFILL].prefill if Role.PREFILL in ends else ends[Role.DECODE].decode.prefill
+        assert 5.0 <= prefill.queue_seconds < 6.0
+        assert ends[Role.DECODE].decode.await_seconds > 5.0
+
+
+def test_a_lease_that_waits_for_pages_is_told_as_such(tmp_path):
+    pair = Pair(tiny_engine(tmp_path / "m"), tiny_engine(tmp_path / "m", pool_pages=12))
+    first, second = (pair.request(name, prompt(40, seed), GREEDY) for seed, name in enumerate(("first", "second")))
+    pair.settle()
+    waits = [pair.ends(fence)[Role.DECODE].decode.lease_seconds for fence in (first, second)]
+    assert waits[0] == 0.0 and waits[1] >= pair.ends(first)[Role.DECODE].decode.decode_seconds
 
 
 def test_a_second_turn_computes_and_sends_only_what_is_new(tmp_path):
@@ -68,7 +94,8 @@ def test_a_second_turn_computes_and_sends_only_what_is_new(tmp_path):
     ends = pair.ends(second)
     assert len(turn) == 49
     assert ends[Role.PREFILL].prefill.cached_tokens == 32, "prefill knows the first prompt's full pages"
-    assert ends[Role.PREFILL].handoff.pages == 4, "decode knows the answer, too: 9 of 13 pages are there"
+    handoff = ends[Role.PREFILL].handoff
+    assert (handoff.pages, handoff.skipped_pages) == (4, 9), "decode knows the answer, too: 9 of 13 pages are there"
     assert pair.tokens(second) == pair.tokens(unified)
     pair.assert_nothing_left()
 
@@ -102,6 +129,29 @@ def test_a_handoff_goes_on_between_the_layers_of_a_step(pair):
     assert pair.fabric.posted == 1
     pair.settle()
     assert len(pair.tokens(fence)) == 6
+    pair.assert_nothing_left()
+
+
+def test_kv_that_arrives_in_the_middle_of_decodes_step_is_answered_in_it(pair):
+    """Else its sequence would miss the next step: the digests are computed while that step runs already."""
+    running = pair.request("running", prompt(5), Sampling(max_tokens=200, seed=1, temperature=0.0))
+    for _ in range(8):
+        pair.turn()
+    late = pair.request("late", prompt(16, seed=3), GREEDY)
+    for _ in range(50):
+        pair.turn_of("prefill")
+        if any(isinstance(message, FromPeer) and isinstance(message.message, Done) for message in pair.to_decode):
+            break
+        pair.turn_of("decode")
+    pair.between_decodes_layers = pair.ports["decode"].run
+    pair.decode.step(pair.clock.now())
+    assert [type(message.message) for message in pair.to_prefill] == [Ack]
+    before = len(pair.tokens(running))
+    assert before > 1
+    pair.decode.step(pair.clock.now())
+    assert (len(pair.tokens(running)), len(pair.tokens(late))) == (before + 1, 2), "both in the very next step"
+    pair.settle()
+    assert len(pair.tokens(late)) == 6
     pair.assert_nothing_left()
 
 
