@@ -16,6 +16,9 @@ Text = Annotated[str, Meta(min_length=1)]
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
+Delay = Annotated[float, Meta(ge=0)]
+"""In seconds; 0: none."""
+Share = Annotated[float, Meta(ge=0, le=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Cores = list[list[NonNegative]]
 """For each replica, the cores it is pinned to; also its number of compute threads."""
@@ -45,6 +48,19 @@ class TransferName(str, Enum):
 class PolicyName(str, Enum):
     LEAST_LOAD = "least_load"
     ROUND_ROBIN = "round_robin"
+
+
+class SchedulingPolicy(str, Enum):
+    """Who goes first, where not all can. Ageing keeps every request from waiting for ever, see `engine.policies`."""
+
+    FIRST_COME = "first_come"
+    SHORTEST_FIRST = "shortest_first"
+    """The fewest tokens to compute."""
+    LONGEST_FIRST = "longest_first"
+    LONGEST_PREFIX = "longest_prefix"
+    """The most tokens whose KV is in the prefix cache."""
+    PRIORITY = "priority"
+    """The request's own `priority`: the higher, the more urgent."""
 
 
 class LogLevel(str, Enum):
@@ -97,6 +113,30 @@ class Router(Section, frozen=True):
     """Upper limit of prompts x n in one request."""
 
 
+class PrefillScheduling(Section, frozen=True):
+    policy: SchedulingPolicy = SchedulingPolicy.FIRST_COME
+    ageing_seconds: Seconds = 10.0
+    """Who has waited for so long goes before all that have not; under `priority`, a level is worth so much waiting."""
+
+
+class DecodeScheduling(Section, frozen=True):
+    policy: SchedulingPolicy = SchedulingPolicy.FIRST_COME
+    """Of the queue for pages; unified, of prompts too."""
+    ageing_seconds: Seconds = 10.0
+    """As in `prefill.scheduling`."""
+    commit_quantile: Share = 1.0
+    """A request enters with pages for its prompt and for as many tokens as this share of recent answers stayed below
+    (never more than its max_tokens). One that grows longer than the pool allows goes on later, elsewhere or here, with
+    the same tokens. 1: pages for max_tokens, always."""
+    conservativeness: Share = 0.0
+    """Unified only: how far a step's prompt tokens give way to its decodes. 0: `chunk_tokens` at any time; 1: a handful
+    while others decode; between, see `engine.pacing`."""
+    prefill_delay_seconds: Delay = 0.0
+    """Unified only: for so long new prompts may be held back while others decode, to be computed together."""
+    retract_every_steps: NonNegative = 0
+    """For tests: retracts the youngest that decodes after so many steps, again and again, pages or not. 0: never."""
+
+
 class Prefill(Section, frozen=True):
     replicas: NonNegative = 1
     """0: a unified cluster, decode workers prefill by themselves."""
@@ -106,6 +146,7 @@ class Prefill(Section, frozen=True):
     max_running: Positive = 64
     """Sequences that hold pages here: being computed, or being handed over."""
     cpus: Cores = []
+    scheduling: PrefillScheduling = PrefillScheduling()
 
 
 class Decode(Section, frozen=True):
@@ -115,6 +156,7 @@ class Decode(Section, frozen=True):
     """Unified only: prompt tokens computed beside the decodes of one step."""
     max_running: Positive = 64
     cpus: Cores = []
+    scheduling: DecodeScheduling = DecodeScheduling()
 
 
 class Logging(Section, frozen=True):

@@ -3,30 +3,33 @@
 Single-threaded: the step loop that made the engine is the only caller. It may see what the next step starts before it
 is computed: `plan`, then `execute`; `step` is both.
 
-    submit -> plan -> execute -> ... -> finished (it leaves the scheduler) -> release (its pages are free)
+    submit -> plan -> execute -> ... -> finished, or retracted (it leaves the scheduler) -> release (its pages are free)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import torch
 
-from cluster.config import Dtype, Topology, WeightsFrom
+from cluster.config import Decode, Dtype, Prefill, SchedulingPolicy, Topology, WeightsFrom
 from cluster.errors import ConfigError, InvalidRequest, PromptTooLong
 from cluster.layout import KVLayout
 from cluster.messages import Fence, FinishReason, Logprobs, ModelCard, Sampling
 from cluster.model_files import resolve_model
 from engine.batch import build_step
+from engine.commitment import Commitments
 from engine.device import open_device
 from engine.kv_cache import KVCache
+from engine.pacing import Pacing
 from engine.pages import Owner, OwnerKind, PageLedger
+from engine.policies import make_policy
 from engine.prefix_cache import PrefixCache
 from engine.sampler import choose
-from engine.scheduler import Chunk, Scheduler, StepPlan
+from engine.scheduler import Chunk, Lease, Scheduler, StepPlan
 from engine.sequence import Sequence
 from engine.shapes import ROWS, series
 from engine.torch_decoder import TorchDecoder
@@ -59,10 +62,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     """Of torch's operators, on CPU."""
     device: str = "cpu"
+    # What these mean stands in `cluster.config`: they are the scheduling sections of both pools.
+    policy: SchedulingPolicy = SchedulingPolicy.FIRST_COME
+    ageing_seconds: float = 10.0
+    commit_quantile: float = 1.0
+    conservativeness: float = 0.0
+    prefill_delay_seconds: float = 0.0
+    retract_every_steps: int = 0
 
     @classmethod
-    def from_topology(cls, topology: Topology, max_running: int, chunk_tokens: int, *, threads: int) -> EngineConfig:
-        """A worker's, of this cluster. Raises `ModelError` if the model is not there."""
+    def from_topology(cls, topology: Topology, pool: Prefill | Decode, *, threads: int) -> EngineConfig:
+        """Of a worker of this cluster's `pool`. Raises `ModelError` if the model is not there."""
         return cls(
             model_path=resolve_model(topology.model.path),
             model_name=topology.served_model,
@@ -70,11 +80,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             weights=topology.model.weights,
             page_size=topology.kv.page_size,
             pool_pages=topology.pool_pages,
-            max_running=max_running,
-            chunk_tokens=chunk_tokens,
+            max_running=pool.max_running,
+            chunk_tokens=pool.chunk_tokens,
             context_length=topology.model.context_length,
             prefix_cache=topology.kv.prefix_cache,
             threads=threads,
+            **msgspec.structs.asdict(pool.scheduling),
         )
 
 
@@ -132,7 +143,14 @@ class Engine:
         self._decoder = TorchDecoder(architecture, files.weights, self._cache)
         self.prefixes = PrefixCache(self.ledger, config.page_size, enabled=config.prefix_cache)
         self._scheduler = Scheduler(
-            self.ledger, self.prefixes, config.page_size, config.max_running, config.chunk_tokens
+            self.ledger,
+            self.prefixes,
+            config.page_size,
+            config.max_running,
+            make_policy(config.policy, config.ageing_seconds, self.prefixes),
+            Pacing(config.chunk_tokens, config.conservativeness, config.prefill_delay_seconds),
+            Commitments(config.commit_quantile),
+            config.retract_every_steps,
         )
 
     @property
@@ -196,6 +214,20 @@ class Engine:
                 param="prompt",
             )
 
+    def first(self, sequences: Iterable[Sequence], now: float) -> Sequence:
+        """Whose turn it is, of some that are not submitted yet."""
+        return self._scheduler.first(sequences, now)
+
+    def lease(self, sequence: Sequence) -> Lease | None:
+        """Pages for a sequence whose KV comes from elsewhere, see `Scheduler.lease`."""
+        return self._scheduler.lease(sequence)
+
+    def retract(self) -> Fence | None:
+        """Takes a sequence out of the step loop whose pages others need, or says that they have enough: None. Call it
+        until then before each `plan`; its pages stay its own until `release`."""
+        victim = self._scheduler.retract()
+        return None if victim is None else victim.key
+
     def cancel(self, key: Fence) -> bool:
         """Takes the sequence out of the step loop at once; its pages stay its own until `release`."""
         return self._scheduler.cancel(key)
@@ -205,17 +237,18 @@ class Engine:
         self.prefixes.release(key)
         self.ledger.release(Owner(OwnerKind.SEQUENCE, key))
 
-    def step(self) -> StepResult | None:
+    def step(self, now: float = 0.0) -> StepResult | None:
         """One step; None if there is nothing to do."""
-        plan = self.plan()
+        plan = self.plan(now)
         return None if plan is None else self.execute(plan)
 
-    def plan(self) -> StepPlan | None:
-        """What the next step computes; None if there is nothing to do. Admitted sequences have their pages now.
+    def plan(self, now: float = 0.0) -> StepPlan | None:
+        """What the next step computes; None if there is nothing to do. Admitted sequences have their pages now. `now`
+        is of `Sequence.arrived`'s clock.
 
         Between this and `execute` nothing may be submitted, cancelled or released.
         """
-        return self._scheduler.plan()
+        return self._scheduler.plan(now)
 
     def execute(self, plan: StepPlan, between_layers: Callable[[], None] = lambda: None) -> StepResult:
         """Computes the step, and samples. `between_layers` is called some dozen times meanwhile; it must be quick, and

@@ -10,6 +10,7 @@ chains are evicted from their ends.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,15 @@ class PrefixCache:
         for key in found:
             self._refer(holder, key)
         return [self._entries[key].page for key in found]
+
+    def chain(self, tokens: Sequence[int]) -> list[bytes]:
+        """Keys of the full pages of `tokens`, for `cached_tokens`."""
+        return list(self._keys(tokens, ROOT))
+
+    def cached_tokens(self, chain: Sequence[bytes]) -> int:
+        """How many tokens `acquire` would find now."""
+        # Chains are evicted from their ends: what is cached of one is its beginning.
+        return bisect_left(chain, True, key=lambda key: key not in self._entries) * self._page_size
 
     def pages_of(self, holder: Hashable) -> list[int]:
         """The pages that `holder` refers to, in order."""

@@ -1,19 +1,25 @@
 """Which tokens the next step computes: continuous batching with chunked prefill. Pure: no clock, no tensor.
 
-Admission is first come, first served, by committed tokens: a sequence enters when the ledger can give it pages for all
-tokens it may ever need, so a running sequence never runs out. A step computes one token for every sequence that
-decodes, and up to `chunk_tokens` prompt tokens of those that still prefill, oldest first: a long prompt takes several
-steps, short prompts share one, and decoding never waits for more than a chunk.
+A sequence enters, in the policy's order, when the ledger can give it pages for its prompt and for as much output as
+`Commitments` expects. A step computes one token for every sequence that decodes, and beside them as many prompt tokens
+of those that still prefill as `Pacing` allows, in the policy's order: a long prompt takes several steps, short prompts
+share one, and decoding never waits for more than a chunk.
+
+A sequence that outgrows its pages gets one at a time. When there is none left, the youngest of those that do not have
+all that they may ever need is retracted: it leaves, and goes on as another attempt at its request. So the oldest always
+gets on; who has all its pages never leaves; and who comes back gets twice as many as before (`Commitments.capacity`).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from cluster.messages import Fence, FinishReason
+from engine.commitment import Commitments
+from engine.pacing import Pacing
 from engine.pages import Owner, OwnerKind, PageLedger
+from engine.policies import Policy
 from engine.prefix_cache import PrefixCache
 from engine.sequence import Sequence
 
@@ -36,7 +42,7 @@ class Chunk(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """One step's work: decodes first, then prefills, each in order of admission."""
+    """One step's work: decodes first, in order of admission, then prefills, in the policy's."""
 
     chunks: list[Chunk]
     started: list[Sequence]
@@ -48,20 +54,44 @@ class StepPlan(NamedTuple):
         return [chunk.sequence for chunk in self.chunks if chunk.samples]
 
 
+class Lease(NamedTuple):
+    """Pages for the KV of a sequence's tokens from `skip_tokens` on, in order; that of those before is here."""
+
+    pages: list[int]
+    skip_tokens: int
+
+
 class Scheduler:
-    """Holds each sequence from `submit` until it finishes or is cancelled. Allocates pages, never frees them."""
+    """Holds each sequence from `submit` until it finishes, is retracted or is cancelled. Allocates pages, never frees
+    them: whoever hears that a sequence has left releases them. `retract` before `plan`, until it gives None."""
 
     def __init__(
-        self, ledger: PageLedger, prefixes: PrefixCache, page_size: int, max_running: int, chunk_tokens: int
+        self,
+        ledger: PageLedger,
+        prefixes: PrefixCache,
+        page_size: int,
+        max_running: int,
+        policy: Policy,
+        pacing: Pacing,
+        commitments: Commitments,
+        retract_every_steps: int = 0,
     ) -> None:
+        """`retract_every_steps`: for tests, see `cluster.config.DecodeScheduling`."""
         self._ledger = ledger
         self._prefixes = prefixes
         self._page_size = page_size
         self._max_running = max_running
-        self._chunk_tokens = chunk_tokens
-        self._paged: OrderedDict[Fence, Sequence] = OrderedDict()
-        self._waiting: OrderedDict[Fence, Sequence] = OrderedDict()
+        self._policy = policy
+        self._pacing = pacing
+        self._commitments = commitments
+        self._retract_every_steps = retract_every_steps
+        self._to_forced_retraction = retract_every_steps
+        self._paged: dict[Fence, Sequence] = {}
+        self._waiting: dict[Fence, Sequence] = {}
         self._running: dict[Fence, Sequence] = {}
+        """In order of admission."""
+        self._growing: dict[Fence, Sequence] = {}
+        """Those that have pages, but not all that they may ever need; oldest first."""
         self._unstarted: set[Fence] = set()
 
     def submit(self, sequence: Sequence) -> None:
@@ -76,41 +106,59 @@ class Scheduler:
         sequence.pages = self._prefixes.pages_of(sequence.key) + self._ledger.pages_of(_owner(sequence))
         held = len(sequence.pages) * self._page_size
         runnable = sequence.pending >= 1 and sequence.length <= sequence.capacity and sequence.computed <= held
-        if not runnable or self._pages_for(sequence) > self._ledger.total:
+        if not runnable or self._pages_for(sequence.capacity) > self._ledger.total:
             raise ValueError(
                 f"sequence {sequence.key} can't run: {sequence.length} tokens, {sequence.computed} with KV, pages for "
                 f"{held}, at most {sequence.capacity} needed, pool of {self._ledger.total} pages"
             )
-        # Who has all its pages must not queue behind one that waits for pages: its own may be what that one waits for.
-        queue = self._waiting if self._missing(sequence) else self._paged
-        queue[sequence.key] = sequence
+        # Who has pages must not queue behind one that waits for pages: its own may be what that one waits for.
+        if self._lacking(sequence):
+            self._waiting[sequence.key] = sequence
+        else:
+            self._paged[sequence.key] = sequence
+            self._note_growth(sequence)
         self._unstarted.add(sequence.key)
         self._keep_prefix(sequence)
 
     def cancel(self, key: Fence) -> bool:
         """Drops the sequence wherever it is; its pages stay its own. False if there is none."""
-        self._unstarted.discard(key)
-        if key in self._running:
-            self._keep_prefix(self._running[key])
-        return any(queue.pop(key, None) is not None for queue in (self._running, self._waiting, self._paged))
+        queues = (self._running, self._waiting, self._paged)
+        sequence = next((queue[key] for queue in queues if key in queue), None)
+        if sequence is None:
+            return False
+        # For what it needed, this is an end like others: a client's stop strings come as cancels.
+        self._leave(sequence, cut_off=False)
+        return True
 
-    def plan(self) -> StepPlan | None:
-        """Admits what fits and says what to compute now; None if there is nothing."""
-        self._admit(self._paged)
-        self._admit(self._waiting)
-        if not self._running:
+    def retract(self) -> Sequence | None:
+        """Takes out one sequence whose pages the others need for their next tokens, the youngest first; None if all
+        have what they need. Its pages stay its own: release them, and ask again."""
+        wanted = sum(self._lacking(sequence) for key, sequence in self._growing.items() if key in self._running)
+        if wanted > self._prefixes.available:
+            victim = next(reversed(self._growing.values()))
+        elif (forced := self._forced_victim()) is not None:
+            victim = forced
+        else:
             return None
+        self._leave(victim, cut_off=True)
+        return victim
+
+    def plan(self, now: float = 0.0) -> StepPlan | None:
+        """Admits what fits and says what to compute now; None if there is nothing. `now` is of `Sequence.arrived`'s
+        clock: it decides who has waited for long."""
+        self._admit(self._paged, now)
+        if not self._pacing.holds_back(self._waiting.values(), self._running.values(), now):
+            self._admit(self._waiting, now)
         decodes: list[Chunk] = []
-        prefills: list[Chunk] = []
-        budget = self._chunk_tokens
+        prompts: list[Sequence] = []
         for sequence in self._running.values():
-            if sequence.pending == 1:
+            if sequence.pending > 1:
+                prompts.append(sequence)
+            elif self._grow(sequence):
                 decodes.append(Chunk(sequence, sequence.computed, sequence.length))
-            elif budget:
-                count = min(sequence.pending, budget)
-                prefills.append(Chunk(sequence, sequence.computed, sequence.computed + count))
-                budget -= count
-        chunks = decodes + prefills
+        chunks = decodes + self._prefills(prompts, self._pacing.budget(len(decodes)), now)
+        if not chunks:
+            return None
         return StepPlan(chunks, [chunk.sequence for chunk in chunks if chunk.sequence.key in self._unstarted])
 
     def commit(self, plan: StepPlan, tokens: Iterable[int]) -> list[FinishReason | None]:
@@ -122,7 +170,31 @@ class Scheduler:
             if prefills:
                 self._keep_prefix(chunk.sequence)
         self._unstarted.difference_update(sequence.key for sequence in plan.started)
+        self._to_forced_retraction -= 1
         return [self._append(sequence, token) for sequence, token in zip(sampling, tokens, strict=True)]
+
+    # --- for whoever queues sequences before they are submitted ------------------------------------------------------
+
+    def first(self, sequences: Iterable[Sequence], now: float) -> Sequence:
+        """Whose turn it is, by this pool's policy; there must be one."""
+        return min(sequences, key=lambda sequence: self._policy.rank(sequence, now))
+
+    def lease(self, sequence: Sequence) -> Lease | None:
+        """Pages for the KV of all its tokens, to be written from outside: it refers to cached ones, the rest is owned
+        by Owner(LEASE, key), and what its output will need by Owner(RESERVED, key). None, and nothing, if there are
+        too few."""
+        key, tokens = sequence.key, sequence.tokens(0, sequence.length)
+        present = len(self._prefixes.acquire(key, tokens))
+        granted = self._pages_for(len(tokens)) - present
+        reserved = max(0, self._pages_to_enter(sequence) - present - granted)
+        if granted + reserved > self._free_to_enter():
+            self._prefixes.release(key)
+            return None
+        pages = self._prefixes.allocate(Owner(OwnerKind.LEASE, key), granted)
+        self._prefixes.allocate(Owner(OwnerKind.RESERVED, key), reserved)
+        return Lease(pages, present * self._page_size)
+
+    # --- counts ------------------------------------------------------------------------------------------------------
 
     @property
     def running(self) -> int:
@@ -140,30 +212,86 @@ class Scheduler:
         everyone = (*self._running.values(), *self._waiting.values(), *self._paged.values())
         return sum(max(0, sequence.prefill_end - sequence.computed) for sequence in everyone)
 
-    def _admit(self, queue: OrderedDict[Fence, Sequence]) -> None:
-        while queue and len(self._running) < self._max_running:
-            sequence = next(iter(queue.values()))
-            if not self._find_pages(sequence):
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _admit(self, queue: dict[Fence, Sequence], now: float) -> None:
+        """In the policy's order; the first that must wait holds up the rest, so that large ones don't starve."""
+        if not queue or len(self._running) >= self._max_running:
+            return
+        for sequence in self._ordered(queue.values(), now):
+            if len(self._running) >= self._max_running or not self._find_pages(sequence):
                 return
             self._running[sequence.key] = queue.pop(sequence.key)
+            self._note_growth(sequence)
+
+    def _ordered(self, sequences: Iterable[Sequence], now: float) -> list[Sequence]:
+        return sorted(sequences, key=lambda sequence: self._policy.rank(sequence, now))
 
     def _find_pages(self, sequence: Sequence) -> bool:
-        """Gives it all the pages that it may ever need, cached ones first; False, and nothing, if there are too few."""
+        """Gives it the pages that it enters with, cached ones first; False, and nothing, if there are too few."""
+        if not self._lacking(sequence):
+            return True
+        wanted = self._pages_to_enter(sequence)
         # The last token is computed in any case: its logits are wanted.
         reusable = 0 if sequence.pages else (sequence.length - 1) // self._page_size
-        if self._missing(sequence) - reusable > self._prefixes.available:
+        if wanted - len(sequence.pages) - reusable > self._free_to_enter():
             return False
         if reusable:
             sequence.pages = self._prefixes.acquire(sequence.key, sequence.tokens(0, sequence.length - 1))
-        missing = self._missing(sequence)
-        if missing > self._prefixes.available:
-            self._prefixes.release(sequence.key)
-            sequence.pages = []
+        missing = wanted - len(sequence.pages)
+        if missing > self._free_to_enter():
+            if reusable:
+                self._prefixes.release(sequence.key)
+                sequence.pages = []
             return False
         if reusable:
             sequence.computed = sequence.cached = len(sequence.pages) * self._page_size
         sequence.pages += self._prefixes.allocate(_owner(sequence), missing)
         return True
+
+    def _pages_to_enter(self, sequence: Sequence) -> int:
+        """Pages that it gets when it enters, cached ones included."""
+        return self._pages_for(self._commitments.capacity(sequence))
+
+    def _free_to_enter(self) -> int:
+        """Pages for those who enter: one stays for each sequence that may outgrow its own."""
+        return self._prefixes.available - len(self._growing)
+
+    def _prefills(self, prompts: list[Sequence], budget: int, now: float) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in self._ordered(prompts, now) if len(prompts) > 1 else prompts:
+            if not budget:
+                break
+            count = min(sequence.pending, budget)
+            chunks.append(Chunk(sequence, sequence.computed, sequence.computed + count))
+            budget -= count
+        return chunks
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Sees to the page of its next token. False if there is none: nobody has asked whom to `retract`."""
+        missing = self._lacking(sequence)
+        if missing > self._prefixes.available:
+            return False
+        if missing:
+            sequence.pages += self._prefixes.allocate(_owner(sequence), missing)
+            self._note_growth(sequence)
+        return True
+
+    def _note_growth(self, sequence: Sequence) -> None:
+        if len(sequence.pages) < self._pages_for(sequence.capacity):
+            self._growing[sequence.key] = sequence
+        else:
+            self._growing.pop(sequence.key, None)
+
+    def _forced_victim(self) -> Sequence | None:
+        """The youngest that decodes: each of its attempts has given a token by then, so it gets through."""
+        if not self._retract_every_steps or self._to_forced_retraction > 0:
+            return None
+        decoding = (one for one in reversed(self._running.values()) if one.computed >= one.prefill_end)
+        victim = next(decoding, None)
+        if victim is not None:
+            self._to_forced_retraction = self._retract_every_steps
+        return victim
 
     def _keep_prefix(self, sequence: Sequence) -> None:
         """What it has computed may serve others from now on."""
@@ -177,15 +305,25 @@ class Scheduler:
         elif len(sequence.output) >= sequence.sampling.max_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:
-            self._keep_prefix(sequence)
-            del self._running[sequence.key]
+            self._leave(sequence, cut_off=reason is FinishReason.LENGTH)
         return reason
 
-    def _pages_for(self, sequence: Sequence) -> int:
-        return -(-sequence.capacity // self._page_size)
+    def _leave(self, sequence: Sequence, *, cut_off: bool) -> None:
+        key = sequence.key
+        if key in self._running:
+            self._keep_prefix(sequence)
+        for queue in (self._running, self._waiting, self._paged, self._growing):
+            queue.pop(key, None)
+        self._unstarted.discard(key)
+        self._commitments.ended(len(sequence.output), cut_off=cut_off)
 
-    def _missing(self, sequence: Sequence) -> int:
-        return max(0, self._pages_for(sequence) - len(sequence.pages))
+    def _lacking(self, sequence: Sequence) -> int:
+        """Pages that it needs for the tokens it has, and does not have."""
+        missing = sequence.length - len(sequence.pages) * self._page_size
+        return self._pages_for(missing) if missing > 0 else 0
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self._page_size)
 
 
 def _owner(sequence: Sequence) -> Owner:

@@ -12,20 +12,42 @@ class Sequence:
     positions [i * page_size, (i + 1) * page_size). A step feeds the tokens from `computed` on, and samples the next
     one when it has fed them all, so there are `pending` >= 1 tokens between two steps. The last token is never fed.
 
-    `output` may begin with tokens of earlier attempts; `sampling.max_tokens` counts them too.
+    `output` may begin with tokens of earlier attempts; `sampling.max_tokens` counts them too. `arrived` is when it
+    began to wait, in seconds of the clock that the scheduler is asked by.
     """
 
-    __slots__ = ("cached", "computed", "key", "output", "pages", "prefill_end", "prompt", "sampling")
+    __slots__ = (
+        "arrived", "attempt", "cached", "chain", "computed", "key", "output", "pages", "prefill_end", "priority",
+        "prompt", "sampling",
+    )  # fmt: skip
 
-    def __init__(self, key: Fence, prompt: list[int], output: list[int], sampling: Sampling, computed: int = 0) -> None:
+    def __init__(
+        self,
+        key: Fence,
+        prompt: list[int],
+        output: list[int],
+        sampling: Sampling,
+        computed: int = 0,
+        *,
+        arrived: float = 0.0,
+        priority: int = 0,
+        attempt: int = 1,
+    ) -> None:
         self.key = key
         self.prompt = prompt
         self.sampling = sampling
         self.output = output
         self.computed = computed
+        self.arrived = arrived
+        self.priority = priority
+        """The higher, the more urgent."""
+        self.attempt = attempt
+        """Of the request: 1, and one more for each time that it was placed again."""
         self.cached = 0
         """Tokens whose KV was in the prefix cache when it was admitted."""
         self.pages: list[int] = []
+        self.chain: list[bytes] | None = None
+        """Keys of its tokens' full pages, see `PrefixCache.chain`; made when they are first wanted."""
         self.prefill_end = computed if computed and self.pending == 1 else self.length
         """Where prefill ends: positions below it are the prompt's (and earlier attempts') to compute; those from it
         on are decode steps. With KV for all but the last token, there is nothing to prefill."""
@@ -44,6 +66,11 @@ class Sequence:
     def capacity(self) -> int:
         """Tokens whose KV this sequence can ever need: all but the last one."""
         return len(self.prompt) + self.sampling.max_tokens - 1
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an earlier attempt at this request was given up."""
+        return self.attempt > 1
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """The tokens at positions [start, stop)."""

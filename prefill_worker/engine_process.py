@@ -20,9 +20,7 @@ from prefill_worker.prefill_loop import PrefillLoop
 def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     """Loads the model, registers its pool, warms up. Raises `ConfigError` for what can't work."""
     topology, section, epoch = context.topology, context.topology.prefill, context.epoch
-    engine = Engine(
-        EngineConfig.from_topology(topology, section.max_running, section.chunk_tokens, threads=len(context.cores))
-    )
+    engine = Engine(EngineConfig.from_topology(topology, section, threads=len(context.cores)))
     engine.warm_up()
     pool = PoolMemory(engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes)
     backend = open_backend(topology.kv.transfer, f"{context.name}-{epoch}", pool, context.host)

@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.messages import FinishReason, Sampling
+from engine.commitment import Commitments
+from engine.pacing import Pacing
 from engine.pages import Owner, OwnerKind, PageLedger
+from engine.policies import FirstCome
 from engine.prefix_cache import PrefixCache
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -24,7 +27,8 @@ def sequence(key, prompt, max_tokens=1, output=(), computed=0):
 def scheduler(pages=100, max_running=8, chunk_tokens=16):
     ledger = PageLedger(pages)
     prefixes = PrefixCache(ledger, PAGE, enabled=False)
-    return Scheduler(ledger, prefixes, PAGE, max_running, chunk_tokens), ledger
+    pacing, commitments = Pacing(chunk_tokens), Commitments(1.0)
+    return Scheduler(ledger, prefixes, PAGE, max_running, FirstCome(), pacing, commitments), ledger
 
 
 def step(scheduler, token=1):
