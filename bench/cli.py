@@ -5,14 +5,18 @@ from __future__ import annotations
 import typer
 
 from bench.commands.comparing import compare_command
+from bench.commands.goodput import goodput_command
 from bench.commands.loading import load_command, memcpy_command
+from bench.commands.peers import peers_command
 from bench.commands.terminal import console
 from cluster.errors import BatonError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("compare")(compare_command)
+app.command("goodput")(goodput_command)
 app.command("load")(load_command)
 app.command("memcpy")(memcpy_command)
+app.command("peers")(peers_command)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ UNIFIED = TOPOLOGIES / "unified.yaml"
 
 CHUNK_TOKENS = (64, 128, 256, 512)
 """Chunk sizes that are tried for a unified cluster."""
+NAMES = "unified WxC/T: W workers with C cores each that prefill in chunks of T tokens"
 
 
 class Contender(NamedTuple):
@@ -38,16 +39,15 @@ def unified_shapes(settings: Sequence[str] = ()) -> list[Contender]:
     """The two ways to use two cores without splitting the phases; in all they have as much KV memory as `split`."""
     twins = ("decode.replicas=2", "decode.cpus=[[0],[1]]", "kv.pool_tokens=65536")
     return [
-        Contender("unified, 1 worker", UNIFIED, settings),
-        Contender("unified, 2 workers", UNIFIED, (*twins, *settings)),
+        Contender("unified 1x2", UNIFIED, settings),
+        Contender("unified 2x1", UNIFIED, (*twins, *settings)),
     ]
 
 
 def chunked(contender: Contender, tokens: int) -> Contender:
     """The same unified cluster with another chunk size."""
-    return Contender(
-        f"{contender.name}, chunk {tokens}", contender.topology, (*contender.settings, f"decode.chunk_tokens={tokens}")
-    )
+    settings = (*contender.settings, f"decode.chunk_tokens={tokens}")
+    return Contender(f"{contender.name}/{tokens}", contender.topology, settings)
 
 
 def named(topology: Path, settings: Sequence[str] = ()) -> Contender:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
@@ -57,6 +58,23 @@ def busy_seconds(cores: Iterable[int]) -> float:
     """Time for which these cores were not idle since the machine's start, whoever used them."""
     times = psutil.cpu_times(percpu=True)
     return float(sum(sum(times[core]) - times[core].idle - times[core].iowait for core in cores))
+
+
+class Others:
+    """What share of some cores' time goes to processes that take no part, from now on."""
+
+    def __init__(self, tree: ProcessTree, cores: Iterable[int]) -> None:
+        self._tree = tree
+        self._cores = sorted(cores)
+        self._begun = time.monotonic()
+        self._before = self._spent()
+
+    def share(self) -> float:
+        """Since the start; small negative values are the kernel's rounding."""
+        return (self._spent() - self._before) / ((time.monotonic() - self._begun) * len(self._cores))
+
+    def _spent(self) -> float:
+        return busy_seconds(self._cores) - sum(self._tree.cpu_seconds().values()) - own_seconds()
 
 
 def own_seconds() -> float:

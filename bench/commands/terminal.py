@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from bench.machine import Setting
 from bench.report import Page, show, write
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 class Report(Protocol):
