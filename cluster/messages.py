@@ -140,6 +140,8 @@ class PrefillAttempt(Message, frozen=True):
     decode: str | None
     output: list[int] = []
     """Tokens that earlier attempts already gave; the next token's offset is len(output)."""
+    priority: int = 0
+    """The higher, the more urgent."""
 
 
 class DecodeAttempt(Message, frozen=True):
@@ -150,6 +152,7 @@ class DecodeAttempt(Message, frozen=True):
     sampling: Sampling
     prefill: str | None
     output: list[int] = []
+    priority: int = 0
 
 
 class CancelAttempt(Message, frozen=True):
@@ -196,6 +199,8 @@ class FinishReason(str, Enum):
     HANDED_OFF = "handed_off"
     """A prefill leg's normal end: decode has acknowledged the pages."""
     CANCELLED = "cancelled"
+    RETRACTED = "retracted"
+    """Decode took its pages for older ones: the request goes on as another attempt, after the tokens it has."""
 
 
 class PrefillTimings(msgspec.Struct, frozen=True):

@@ -5,7 +5,7 @@ Owns the attempts and their queue for pages. The pages belong to the engine's le
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -83,8 +83,8 @@ class DecodeLoop:
         self._epoch = epoch
         self._on_close = on_close
         self._attempts: dict[Fence, _Attempt] = {}
-        self._wanting: deque[Fence] = deque()
-        """Offered attempts that wait for pages, first come first served."""
+        self._wanting: dict[Fence, Sequence] = {}
+        """Offered attempts that wait for pages."""
         self._early: dict[Fence, float] = {}
         """Offers that came before their attempt, and when."""
         self._ended: OrderedDict[Fence, None] = OrderedDict()
@@ -127,14 +127,14 @@ class DecodeLoop:
             return
         try:
             self._require_our_life(fence)
-            self._engine.require_computable(Sequence(fence, message.prompt, list(message.output), message.sampling))
+            self._engine.require_computable(_sequence(message, now))
         except (RequestError, StaleFence) as error:
             self._send(ToRouter(router, AttemptFailed(fence, Role.DECODE, Role.DECODE, error.to_info())))
             return
         attempt = self._attempts[fence] = _Attempt(router, DecodeMachine(message, received_at))
         log.debug("reserving", request=fence.request, tokens=len(message.prompt), prefill=message.prefill)
         for action in attempt.machine.begin():
-            self._carry_out(fence, attempt, action)
+            self._carry_out(fence, attempt, action, now)
         if self._early.pop(fence, None) is not None:
             self._feed(fence, state.OfferArrived(), now)
 
@@ -149,9 +149,11 @@ class DecodeLoop:
         events = self._receiver.poll(now)
         for event in events:
             self._from_receiver(event, now)
+        while (retracted := self._engine.retract()) is not None:
+            self._feed(retracted, state.Retracted(), now)
         self._lease_pages(now)
         self._refuse_orphans(now)
-        plan = self._engine.plan()
+        plan = self._engine.plan(now)
         if plan is None:
             return bool(events)
         for sequence in plan.started:
@@ -211,54 +213,34 @@ class DecodeLoop:
             self._receiver.refuse(fence, WorkerLost("no router sent this attempt to the decode worker").to_info())
 
     def _lease_pages(self, now: float) -> None:
-        """Grants pages in the order of the offers; the first that must wait holds up the rest, so none starves."""
+        """Grants pages in the pool's order; the first that must wait holds up the rest, so that large ones get some."""
         while self._wanting:
-            fence = self._wanting[0]
-            attempt = self._attempts.get(fence)
-            if attempt is not None and attempt.machine.state is DecodeState.OFFERED:
-                if not self._lease(fence, attempt.machine.attempt):
-                    return
-                self._feed(fence, state.PagesLeased(), now)
-            self._wanting.popleft()
-
-    def _lease(self, fence: Fence, attempt: DecodeAttempt) -> bool:
-        """Grants the pages that are not here already, and keeps those that the output may need. False if there are too
-        few."""
-        prefixes, layout = self._engine.prefixes, self._engine.layout
-        tokens = attempt.prompt + attempt.output
-        present = len(prefixes.acquire(fence, tokens))
-        granted = layout.pages_for(len(tokens)) - present
-        reserved = self._pages_of(attempt) - present - granted
-        if granted + reserved > prefixes.available:
-            prefixes.release(fence)
-            return False
-        pages = prefixes.allocate(Owner(OwnerKind.LEASE, fence), granted)
-        prefixes.allocate(Owner(OwnerKind.RESERVED, fence), reserved)
-        self._receiver.grant(fence, pages, skip_tokens=present * layout.page_size)
-        return True
-
-    def _pages_of(self, message: DecodeAttempt) -> int:
-        """All that it may ever need: the last token's KV is never computed."""
-        longest = len(message.prompt) + max(message.sampling.max_tokens - 1, len(message.output))
-        return self._engine.layout.pages_for(longest)
+            sequence = self._engine.first(self._wanting.values(), now)
+            lease = self._engine.lease(sequence)
+            if lease is None:
+                return
+            self._receiver.grant(sequence.key, lease.pages, lease.skip_tokens)
+            del self._wanting[sequence.key]
+            self._feed(sequence.key, state.PagesLeased(), now)
 
     def _feed(self, fence: Fence, event: object, now: float) -> None:
         attempt = self._attempts[fence]
         for action in attempt.machine.handle(event, now):
-            self._carry_out(fence, attempt, action)
+            self._carry_out(fence, attempt, action, now)
         if attempt.machine.state is DecodeState.FINISHED:
             del self._attempts[fence]
+            self._wanting.pop(fence, None)
             self._ended[fence] = None
             if len(self._ended) > ENDED_MEMORY:
                 self._ended.popitem(last=False)
 
-    def _carry_out(self, fence: Fence, attempt: _Attempt, action: state.Action) -> None:
+    def _carry_out(self, fence: Fence, attempt: _Attempt, action: state.Action, now: float) -> None:
         ledger = self._engine.ledger
         match action:
             case state.LeasePages():
-                self._wanting.append(fence)
+                self._wanting[fence] = _sequence(attempt.machine.attempt, now)
             case state.Submit(first_token=token):
-                self._submit(attempt.machine.attempt, token)
+                self._submit(attempt.machine.attempt, token, now)
             case state.StopHandoff(error=error):
                 self._receiver.cancel(fence, error)
             case state.QuarantinePages():
@@ -272,17 +254,13 @@ class DecodeLoop:
             case state.Report(message=message):
                 self._send(ToRouter(attempt.router, message))
 
-    def _submit(self, attempt: DecodeAttempt, first_token: int | None) -> None:
-        fence = attempt.fence
-        if first_token is None:
-            self._engine.submit(Sequence(fence, attempt.prompt, list(attempt.output), attempt.sampling))
-            return
-        sequence_owner = Owner(OwnerKind.SEQUENCE, fence)
-        self._engine.ledger.move(Owner(OwnerKind.LEASE, fence), sequence_owner)
-        self._engine.ledger.move(Owner(OwnerKind.RESERVED, fence), sequence_owner)
-        computed = len(attempt.prompt) + len(attempt.output)
-        output = [*attempt.output, first_token]
-        self._engine.submit(Sequence(fence, attempt.prompt, output, attempt.sampling, computed))
+    def _submit(self, attempt: DecodeAttempt, first_token: int | None, now: float) -> None:
+        """`first_token` None: it is prefilled here. Else KV of all tokens before it is in the leased pages."""
+        if first_token is not None:
+            sequence_owner = Owner(OwnerKind.SEQUENCE, attempt.fence)
+            self._engine.ledger.move(Owner(OwnerKind.LEASE, attempt.fence), sequence_owner)
+            self._engine.ledger.move(Owner(OwnerKind.RESERVED, attempt.fence), sequence_owner)
+        self._engine.submit(_sequence(attempt, now, first_token))
 
     # --- reports -----------------------------------------------------------------------------------------------------
 
@@ -306,6 +284,21 @@ class DecodeLoop:
 
     def close(self) -> None:
         self._on_close()
+
+
+def _sequence(attempt: DecodeAttempt, now: float, first_token: int | None = None) -> Sequence:
+    """With KV of all tokens before `first_token`; without one, of none."""
+    before = len(attempt.prompt) + len(attempt.output)
+    return Sequence(
+        attempt.fence,
+        attempt.prompt,
+        [*attempt.output] if first_token is None else [*attempt.output, first_token],
+        attempt.sampling,
+        computed=0 if first_token is None else before,
+        arrived=now,
+        priority=attempt.priority,
+        attempt=attempt.fence.attempt,
+    )
 
 
 def _nothing() -> None:

@@ -3,6 +3,7 @@
     RESERVING --OfferArrived--> OFFERED --PagesLeased--> AWAITING_KV --KVArrived--> RUNNING --Sampled (last)--> FINISHED
     PREFILLING --Sampled--> RUNNING                                       (unified: no prefill leg, it begins here)
        any of them --Cancelled--> FINISHED         before RUNNING --HandoffFailed--> FINISHED
+       PREFILLING, RUNNING --Retracted--> FINISHED
 
 RESERVING holds no pages; AWAITING_KV has leased them to the writer. An attempt that ends while its pages are leased
 ends at once: the pages alone stay, in quarantine, until `kv_transfer` says that the lease has ended.
@@ -81,6 +82,10 @@ class Sampled(msgspec.Struct, frozen=True):
     finished: FinishReason | None
 
 
+class Retracted(msgspec.Struct, frozen=True):
+    """The scheduler has taken it out: older ones need its pages."""
+
+
 class Cancelled(msgspec.Struct, frozen=True):
     reason: str
 
@@ -139,8 +144,10 @@ class DecodeMachine(StateMachine[Action]):
         (DecodeState.PREFILLING, PrefillStarted): "_prefill_started",
         (DecodeState.PREFILLING, ChunkComputed): "_chunk_computed",
         (DecodeState.PREFILLING, Sampled): "_first_own_token",
+        (DecodeState.PREFILLING, Retracted): "_retract",
         (DecodeState.PREFILLING, Cancelled): "_cancel_running",
         (DecodeState.RUNNING, Sampled): "_sampled",
+        (DecodeState.RUNNING, Retracted): "_retract",
         (DecodeState.RUNNING, Cancelled): "_cancel_running",
     }
 
@@ -225,6 +232,9 @@ class DecodeMachine(StateMachine[Action]):
 
     def _cancel_running(self, event: Cancelled, now: float) -> list[Action]:
         return [DropSequence(), *self._end(FinishReason.CANCELLED, now)]
+
+    def _retract(self, event: Retracted, now: float) -> list[Action]:
+        return self._end(FinishReason.RETRACTED, now)
 
     def _end(self, reason: FinishReason, now: float) -> list[Action]:
         self.to(DecodeState.FINISHED)

@@ -77,14 +77,10 @@ class LongestPrefix:
         self._prefixes = prefixes
 
     def rank(self, sequence: Sequence, now: float) -> Rank:
-        return _aged(sequence, now, self._ageing_seconds, -self._cached(sequence))
+        return _aged(sequence, now, self._ageing_seconds, -self._cached_pages(sequence))
 
-    def _cached(self, sequence: Sequence) -> int:
-        if sequence.pages:
-            return sequence.cached
-        if sequence.chain is None:
-            sequence.chain = self._prefixes.chain(sequence.tokens(0, sequence.length - 1))
-        return self._prefixes.cached_tokens(sequence.chain)
+    def _cached_pages(self, sequence: Sequence) -> int:
+        return sequence.cached if sequence.pages else self._prefixes.present(sequence.chain_by(self._prefixes.chain))
 
 
 def make_policy(name: SchedulingPolicy, ageing_seconds: float, prefixes: PrefixCache) -> Policy:

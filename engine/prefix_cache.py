@@ -61,31 +61,27 @@ class PrefixCache:
                 self._ledger.release(_owner(key))
         return self._ledger.allocate(owner, count)
 
-    def acquire(self, holder: Hashable, tokens: Sequence[int]) -> list[int]:
-        """The pages of the longest cached beginning of `tokens`, whole pages only; `holder` refers to them from now on.
+    def chain(self, tokens: Sequence[int]) -> list[bytes]:
+        """Keys of the full pages of `tokens`, in order: what they are looked up by."""
+        return list(self._keys(tokens, ROOT)) if self._enabled else []
+
+    def present(self, chain: Sequence[bytes]) -> int:
+        """How many pages `acquire` would find."""
+        # Chains are evicted from their ends: what is cached of one is its beginning.
+        return bisect_left(chain, True, key=lambda key: key not in self._entries)
+
+    def acquire(self, holder: Hashable, chain: Sequence[bytes]) -> list[int]:
+        """The pages of the longest cached beginning of `chain`; `holder` refers to them from now on.
 
         Once per holder, before any `insert`; `release` ends it.
         """
         if self._held.get(holder):
             raise ValueError(f"{holder} holds pages already")
-        found: list[bytes] = []
-        for key in self._keys(tokens, ROOT):
-            if key not in self._entries:
-                break
-            found.append(key)
+        found = chain[: self.present(chain)]
         self._held[holder] = []
         for key in found:
             self._refer(holder, key)
         return [self._entries[key].page for key in found]
-
-    def chain(self, tokens: Sequence[int]) -> list[bytes]:
-        """Keys of the full pages of `tokens`, for `cached_tokens`."""
-        return list(self._keys(tokens, ROOT))
-
-    def cached_tokens(self, chain: Sequence[bytes]) -> int:
-        """How many tokens `acquire` would find now."""
-        # Chains are evicted from their ends: what is cached of one is its beginning.
-        return bisect_left(chain, True, key=lambda key: key not in self._entries) * self._page_size
 
     def pages_of(self, holder: Hashable) -> list[int]:
         """The pages that `holder` refers to, in order."""

@@ -99,24 +99,25 @@ class Scheduler:
         Owner(SEQUENCE, key) has; KV of `computed` tokens is in them.
 
         Raises `ValueError` for a key that is here already, or for what can never run: no token without KV, none left to
-        sample, more KV than its pages hold, or more pages than the pool has.
+        sample, some pages but not for all its tokens, KV but no pages, or more pages than the pool has.
         """
         if sequence.key in self._unstarted or sequence.key in self._running:
             raise ValueError(f"sequence {sequence.key} was submitted twice")
         sequence.pages = self._prefixes.pages_of(sequence.key) + self._ledger.pages_of(_owner(sequence))
         held = len(sequence.pages) * self._page_size
-        runnable = sequence.pending >= 1 and sequence.length <= sequence.capacity and sequence.computed <= held
-        if not runnable or self._pages_for(sequence.capacity) > self._ledger.total:
+        runnable = sequence.pending >= 1 and sequence.length <= sequence.capacity
+        paged = sequence.length <= held if held else not sequence.computed
+        if not runnable or not paged or self._pages_for(sequence.capacity) > self._ledger.total:
             raise ValueError(
                 f"sequence {sequence.key} can't run: {sequence.length} tokens, {sequence.computed} with KV, pages for "
                 f"{held}, at most {sequence.capacity} needed, pool of {self._ledger.total} pages"
             )
         # Who has pages must not queue behind one that waits for pages: its own may be what that one waits for.
-        if self._lacking(sequence):
-            self._waiting[sequence.key] = sequence
-        else:
+        if sequence.pages:
             self._paged[sequence.key] = sequence
             self._note_growth(sequence)
+        else:
+            self._waiting[sequence.key] = sequence
         self._unstarted.add(sequence.key)
         self._keep_prefix(sequence)
 
@@ -183,16 +184,14 @@ class Scheduler:
         """Pages for the KV of all its tokens, to be written from outside: it refers to cached ones, the rest is owned
         by Owner(LEASE, key), and what its output will need by Owner(RESERVED, key). None, and nothing, if there are
         too few."""
-        key, tokens = sequence.key, sequence.tokens(0, sequence.length)
-        present = len(self._prefixes.acquire(key, tokens))
-        granted = self._pages_for(len(tokens)) - present
-        reserved = max(0, self._pages_to_enter(sequence) - present - granted)
-        if granted + reserved > self._free_to_enter():
-            self._prefixes.release(key)
+        key, total = sequence.key, self._pages_for(sequence.length)
+        reserved = max(0, self._pages_to_enter(sequence) - total)
+        present = self._acquire(sequence, total, total + reserved)
+        if present is None:
             return None
-        pages = self._prefixes.allocate(Owner(OwnerKind.LEASE, key), granted)
+        pages = self._prefixes.allocate(Owner(OwnerKind.LEASE, key), total - len(present))
         self._prefixes.allocate(Owner(OwnerKind.RESERVED, key), reserved)
-        return Lease(pages, present * self._page_size)
+        return Lease(pages, len(present) * self._page_size)
 
     # --- counts ------------------------------------------------------------------------------------------------------
 
@@ -228,26 +227,30 @@ class Scheduler:
         return sorted(sequences, key=lambda sequence: self._policy.rank(sequence, now))
 
     def _find_pages(self, sequence: Sequence) -> bool:
-        """Gives it the pages that it enters with, cached ones first; False, and nothing, if there are too few."""
-        if not self._lacking(sequence):
+        """Sees to the pages that it enters with, cached ones first; False, and nothing, if there are too few."""
+        if sequence.pages:
             return True
         wanted = self._pages_to_enter(sequence)
         # The last token is computed in any case: its logits are wanted.
-        reusable = 0 if sequence.pages else (sequence.length - 1) // self._page_size
-        if wanted - len(sequence.pages) - reusable > self._free_to_enter():
+        pages = self._acquire(sequence, (sequence.length - 1) // self._page_size, wanted)
+        if pages is None:
             return False
-        if reusable:
-            sequence.pages = self._prefixes.acquire(sequence.key, sequence.tokens(0, sequence.length - 1))
-        missing = wanted - len(sequence.pages)
-        if missing > self._free_to_enter():
-            if reusable:
-                self._prefixes.release(sequence.key)
-                sequence.pages = []
-            return False
-        if reusable:
-            sequence.computed = sequence.cached = len(sequence.pages) * self._page_size
-        sequence.pages += self._prefixes.allocate(_owner(sequence), missing)
+        sequence.computed = sequence.cached = len(pages) * self._page_size
+        sequence.pages = pages + self._prefixes.allocate(_owner(sequence), wanted - len(pages))
         return True
+
+    def _acquire(self, sequence: Sequence, most: int, wanted: int) -> list[int] | None:
+        """Refers to the cached ones of its first `most` pages, if there are enough others to make it `wanted`; if not,
+        None, and nothing."""
+        chain = sequence.chain_by(self._prefixes.chain)[:most]
+        if wanted - self._prefixes.present(chain) > self._free_to_enter():
+            return None
+        pages = self._prefixes.acquire(sequence.key, chain)
+        # Cached pages that nobody used counted as free until now.
+        if wanted - len(pages) > self._free_to_enter():
+            self._prefixes.release(sequence.key)
+            return None
+        return pages
 
     def _pages_to_enter(self, sequence: Sequence) -> int:
         """Pages that it gets when it enters, cached ones included."""

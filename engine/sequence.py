@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cluster.messages import Fence, Sampling
 
 
@@ -17,7 +19,7 @@ class Sequence:
     """
 
     __slots__ = (
-        "arrived", "attempt", "cached", "chain", "computed", "key", "output", "pages", "prefill_end", "priority",
+        "_chain", "arrived", "attempt", "cached", "computed", "key", "output", "pages", "prefill_end", "priority",
         "prompt", "sampling",
     )  # fmt: skip
 
@@ -46,8 +48,7 @@ class Sequence:
         self.cached = 0
         """Tokens whose KV was in the prefix cache when it was admitted."""
         self.pages: list[int] = []
-        self.chain: list[bytes] | None = None
-        """Keys of its tokens' full pages, see `PrefixCache.chain`; made when they are first wanted."""
+        self._chain: list[bytes] | None = None
         self.prefill_end = computed if computed and self.pending == 1 else self.length
         """Where prefill ends: positions below it are the prompt's (and earlier attempts') to compute; those from it
         on are decode steps. With KV for all but the last token, there is nothing to prefill."""
@@ -78,3 +79,10 @@ class Sequence:
         if start >= split:
             return self.output[start - split : stop - split]
         return self.prompt[start:stop] + self.output[: max(0, stop - split)]
+
+    def chain_by(self, make: Callable[[list[int]], list[bytes]]) -> list[bytes]:
+        """Keys of the full pages of the tokens that it has before its first step, by `PrefixCache.chain`, made once:
+        who waits is looked up at each step."""
+        if self._chain is None:
+            self._chain = make(self.tokens(0, self.length))
+        return self._chain

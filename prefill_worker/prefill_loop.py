@@ -117,10 +117,18 @@ class PrefillLoop:
         if fence in self._attempts:
             self._stale += 1
             return
-        only_next = msgspec.structs.replace(attempt.sampling, max_tokens=len(attempt.output) + 1)
+        sequence = Sequence(
+            fence,
+            attempt.prompt,
+            list(attempt.output),
+            msgspec.structs.replace(attempt.sampling, max_tokens=len(attempt.output) + 1),
+            arrived=received_at,
+            priority=attempt.priority,
+            attempt=fence.attempt,
+        )
         try:
             self._require_our_life(fence)
-            self._engine.submit(Sequence(fence, attempt.prompt, list(attempt.output), only_next))
+            self._engine.submit(sequence)
         except (RequestError, StaleFence) as error:
             self._send(ToRouter(router, AttemptFailed(fence, Role.PREFILL, Role.PREFILL, error.to_info())))
             return
@@ -138,7 +146,7 @@ class PrefillLoop:
         ended = self._sender.poll(now)
         for handoff in ended:
             self._feed(handoff.fence, state.HandoffEnded(handoff.error, handoff.blame, handoff.timings), now)
-        plan = self._engine.plan()
+        plan = self._engine.plan(now)
         if plan is None:
             return bool(ended)
         # Offers leave before the chunk is computed, so that grants wait for us and not we for them.

@@ -23,11 +23,14 @@ class Pool:
 
     def use(self, key: str, tokens: list[int]) -> list[int]:
         """What a sequence does: acquire, allocate the rest, compute, insert."""
-        pages = self.cache.acquire(key, tokens)
+        pages = self.acquire(key, tokens)
         pages += self.cache.allocate(owner(key), -(-len(tokens) // PAGE) - len(pages))
         self.cache.insert(key, owner(key), tokens, pages)
         self.check()
         return pages
+
+    def acquire(self, key: str, tokens: list[int]) -> list[int]:
+        return self.cache.acquire(key, self.cache.chain(tokens))
 
     def end(self, key: str) -> None:
         self.cache.release(key)
@@ -63,11 +66,11 @@ def test_pages_outlive_their_sequence_and_are_free_for_whoever_needs_them(pool):
     first = pool.use("a", list(range(16)))
     pool.end("a")
     assert (pool.cache.evictable, pool.cache.available) == (4, 16)
-    assert pool.cache.acquire("b", list(range(16))) == first
+    assert pool.acquire("b", list(range(16))) == first
     assert pool.cache.available == 12
     pool.cache.release("b")
     assert len(pool.cache.allocate(owner("c"), 16)) == 16
-    assert pool.cache.acquire("d", list(range(16))) == []
+    assert pool.acquire("d", list(range(16))) == []
     pool.check()
 
 
@@ -75,7 +78,7 @@ def test_a_page_in_use_is_never_evicted(pool):
     pool.use("a", list(range(16)))
     with pytest.raises(OutOfPages):
         pool.cache.allocate(owner("b"), 13)
-    assert pool.cache.acquire("c", list(range(16))) != []
+    assert pool.acquire("c", list(range(16))) != []
 
 
 def test_the_least_recently_used_go_first_and_chains_from_their_ends(pool):
@@ -84,8 +87,8 @@ def test_the_least_recently_used_go_first_and_chains_from_their_ends(pool):
     pool.use("new", list(range(100, 116)))
     pool.end("new")
     pool.cache.allocate(owner("x"), 10)
-    assert len(pool.cache.acquire("a", list(range(16)))) == 2
-    assert len(pool.cache.acquire("b", list(range(100, 116)))) == 4
+    assert len(pool.acquire("a", list(range(16)))) == 2
+    assert len(pool.acquire("b", list(range(100, 116)))) == 4
     pool.check()
 
 
@@ -94,17 +97,17 @@ def test_a_chain_is_as_young_as_its_last_use(pool):
     pool.end("a")
     pool.use("b", list(range(100, 116)))
     pool.end("b")
-    pool.cache.acquire("again", list(range(16)))
+    pool.acquire("again", list(range(16)))
     pool.cache.release("again")
     pool.cache.allocate(owner("x"), 12)
-    assert pool.cache.acquire("c", list(range(100, 116))) == []
-    assert len(pool.cache.acquire("d", list(range(16)))) == 4
+    assert pool.acquire("c", list(range(100, 116))) == []
+    assert len(pool.acquire("d", list(range(16)))) == 4
 
 
 def test_two_that_compute_the_same_at_once_share_afterwards_and_lose_no_page(pool):
     tokens = list(range(8))
     for key in "ab":
-        assert pool.cache.acquire(key, tokens) == []
+        assert pool.acquire(key, tokens) == []
     pages = {key: pool.cache.allocate(owner(key), 2) for key in "ab"}
     for key in "ab":
         pool.cache.insert(key, owner(key), tokens, pages[key])
@@ -127,7 +130,7 @@ def test_switched_off_it_keeps_nothing():
     pool = Pool(enabled=False)
     pool.use("a", list(range(16)))
     pool.end("a")
-    assert (pool.ledger.used, pool.cache.acquire("b", list(range(16)))) == (0, [])
+    assert (pool.ledger.used, pool.acquire("b", list(range(16)))) == (0, [])
 
 
 def test_random_use_keeps_the_books(pool):

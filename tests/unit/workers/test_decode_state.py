@@ -30,8 +30,9 @@ PREFILL_STARTED = state.PrefillStarted()
 CHUNK = state.ChunkComputed()
 SAMPLED = state.Sampled(4, None)
 LAST = state.Sampled(2, FinishReason.LENGTH)
+RETRACTED = state.Retracted()
 CANCELLED = state.Cancelled("client went away")
-EVENTS = [OFFER, LEASED, KV, FAILED, PREFILL_STARTED, CHUNK, SAMPLED, LAST, CANCELLED]
+EVENTS = [OFFER, LEASED, KV, FAILED, PREFILL_STARTED, CHUNK, SAMPLED, LAST, RETRACTED, CANCELLED]
 
 WAY_TO = {
     RESERVING: [],
@@ -55,9 +56,11 @@ AFTERWARDS = {
     (PREFILLING, CHUNK): PREFILLING,
     (PREFILLING, SAMPLED): RUNNING,
     (PREFILLING, LAST): FINISHED,
+    (PREFILLING, RETRACTED): FINISHED,
     (PREFILLING, CANCELLED): FINISHED,
     (RUNNING, SAMPLED): RUNNING,
     (RUNNING, LAST): FINISHED,
+    (RUNNING, RETRACTED): FINISHED,
     (RUNNING, CANCELLED): FINISHED,
 }
 
@@ -142,3 +145,9 @@ def test_a_prefill_leg_that_needs_no_decode_is_no_failure(before):
 def test_a_failure_carries_its_error_and_the_leg_to_blame():
     *_, report = machine(way=WAY_TO[AWAITING_KV]).handle(FAILED, 3.0)
     assert report.message == AttemptFailed(FENCE, Role.DECODE, Role.PREFILL, FAILED.error)
+
+
+def test_a_retracted_attempt_gives_its_pages_back_and_says_what_it_has_done():
+    release, report = machine(way=[*WAY_TO[RUNNING], SAMPLED, SAMPLED]).handle(RETRACTED, 9.0)
+    assert release == state.ReleasePages()
+    assert (report.message.reason, report.message.decode.steps) == (FinishReason.RETRACTED, 2)
