@@ -22,10 +22,11 @@ OPTIONS: Mapping[str, Any] = MappingProxyType({"ignore_eos": True, "temperature"
 """Of each request: random prompts must not end early, and chunks tell which tokens they carry."""
 
 
-def open_session() -> aiohttp.ClientSession:
+def open_session(*, keep_connections: bool = True) -> aiohttp.ClientSession:
     """Without a limit of connections: the load is what a workload says, not what a client allows."""
     timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_SECONDS)
-    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+    connector = aiohttp.TCPConnector(limit=0, force_close=not keep_connections)
+    return aiohttp.ClientSession(timeout=timeout, connector=connector)
 
 
 class PromptDetails(msgspec.Struct, frozen=True):

@@ -1,0 +1,1 @@
+"""Baton beside the servers that a user might run instead: same weights, same cores, same load, taking turns."""
