@@ -33,14 +33,14 @@ def chosen_workload(name: str, seconds: float | None) -> Workload:
     return chosen if seconds is None else msgspec.structs.replace(chosen, seconds=seconds)
 
 
-def numbers(text: str, option: str) -> list[int]:
-    """Positive numbers with commas between them, in rising order. Raises `ConfigError`."""
+def numbers(text: str, option: str, least: int = 1) -> list[int]:
+    """Different numbers with commas between them, in rising order. Raises `ConfigError`."""
     try:
         found = sorted({int(word) for word in text.split(",")})
     except ValueError as error:
         raise ConfigError(f"{option} {text}: expected numbers with commas, as in 64,128") from error
-    if found[0] < 1:
-        raise ConfigError(f"{option} {text}: expected numbers above 0")
+    if found[0] < least:
+        raise ConfigError(f"{option} {text}: expected no number below {least}")
     return found
 
 

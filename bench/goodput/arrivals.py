@@ -42,8 +42,8 @@ class Arrival(NamedTuple):
 
 
 def draw_arrivals(mix: Mix, rate: float, seconds: float, seed: int, least: int = 0) -> list[Arrival]:
-    """All that come within `seconds` at `rate` requests a second, or the first `least` if that is more. At twice the rate the same requests come, in the
-    same order, in half the time: rates differ in nothing but their speed."""
+    """All that come within `seconds` at `rate` requests a second, or the first `least` if that is more. At twice the
+    rate the same requests come, in the same order, in half the time: rates differ in nothing but their speed."""
     source = random.Random(f"{seed}/arrivals")
     found: list[Arrival] = []
     at = 0.0

@@ -21,7 +21,7 @@ def run(monkeypatch, *arguments):
         (["compare", "--cores", "first"], "expected numbers with commas"),
         (["compare", "--cores", "100000"], "this process may use"),
         (["compare", "--chunks", "64,none"], "expected numbers with commas"),
-        (["compare", "--chunks", "0"], "expected numbers above 0"),
+        (["compare", "--chunks", "0"], "expected no number below 1"),
         (["load", "--url", "http://127.0.0.1:9", "--workload", "decode", "--options", "[]"], "expected a JSON object"),
     ],
 )
