@@ -105,8 +105,9 @@ class Router(Section, frozen=True):
     host: Text = "127.0.0.1"
     port: Port = 8000
     policy: PolicyName = PolicyName.LEAST_LOAD
-    default_max_tokens: Positive = 2048
-    """Where a request names no limit (and the context leaves so much)."""
+    default_max_tokens: Positive = 8192
+    """Where a request names no limit (and the context leaves so much). Pages are kept for as many tokens as answers
+    take, not for as many as they may: see `decode.scheduling.commit_quantile`."""
     request_timeout_seconds: Seconds = 600.0
     max_body_bytes: Positive = 8 * 1024 * 1024
     max_choices: Positive = 128
@@ -124,7 +125,7 @@ class DecodeScheduling(Section, frozen=True):
     """Of the queue for pages; unified, of prompts too."""
     ageing_seconds: Seconds = 10.0
     """As in `prefill.scheduling`."""
-    commit_quantile: Share = 1.0
+    commit_quantile: Share = 0.9
     """A request enters with pages for its prompt and for as many tokens as this share of recent answers stayed below
     (never more than its max_tokens). One that grows longer than the pool allows goes on later, elsewhere or here, with
     the same tokens. 1: pages for max_tokens, always."""

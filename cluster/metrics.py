@@ -74,6 +74,12 @@ class RouterMetrics:
         self.tokenize = Histogram(
             "baton_tokenize_seconds", "Template and tokenization of a request.", buckets=_STEP, registry=registry
         )
+        self.resumptions = Counter(
+            "baton_request_resumptions_total",
+            "Requests that went on as another attempt, by what ended the one before.",
+            ["reason"],
+            registry=registry,
+        )
         self.workers = Gauge("baton_workers", "Live workers in the router's view.", ["role"], registry=registry)
         self.stale = Counter(
             "baton_stale_messages_total", "Messages refused for their fence.", ["kind"], registry=registry

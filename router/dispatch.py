@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Union
 
 from cluster.clock import Clock
-from cluster.errors import BatonError, IllegalTransition, WorkerLost, from_info
+from cluster.errors import AvailabilityError, BatonError, IllegalTransition, RequestError, WorkerLost, from_info
 from cluster.logging import get_logger
 from cluster.messages import (
     AnyMessage,
@@ -43,6 +43,8 @@ from router.request_state import (
     LegFinished,
     LegLost,
     LegStarted,
+    NotPlaced,
+    PlaceAgain,
     Placed,
     Release,
     RequestMachine,
@@ -59,6 +61,7 @@ class ChoiceSpec(NamedTuple):
 
     prompt: list[int]
     sampling: Sampling
+    priority: int = 0
 
 
 class Delivered(NamedTuple):
@@ -90,10 +93,18 @@ class _Choice:
         self.index = index
         self.trace = trace
         self.generation = generation
+        self.machine = RequestMachine(trace.id, spec.prompt, spec.sampling, spec.priority)
         self.need = Need(len(spec.prompt), spec.sampling.max_tokens)
-        self.machine = RequestMachine(trace.id, spec.prompt, spec.sampling)
+        """Of the attempt under way."""
         self.legs: dict[WorkerKey, Role] = {}
         """Where its legs are under way."""
+        self._spec = spec
+
+    def need_again(self) -> Need:
+        """Of its next attempt, which computes what the client got before it goes on."""
+        delivered = self.machine.delivered
+        self.need = Need(len(self._spec.prompt) + delivered, self._spec.sampling.max_tokens - delivered)
+        return self.need
 
 
 class Generation:
@@ -221,7 +232,9 @@ class Dispatcher:
         if isinstance(message, AttemptStarted):
             if trace.started_at is None:
                 trace.started_at = self._clock.now()
-            trace.cached_tokens = max(trace.cached_tokens, message.cached_tokens)
+            # Later attempts find what the first one computed: that is no saving of this request's.
+            if trace.attempts == 1:
+                trace.cached_tokens = max(trace.cached_tokens, message.cached_tokens)
             self.handle(choice, LegStarted(message.role))
         elif isinstance(message, AttemptFinished):
             event = LegFinished(message.role, message.reason, message.prefill, message.handoff, message.decode)
@@ -236,9 +249,21 @@ class Dispatcher:
         trace = choice.trace
         trace.prefill_worker = prefill.member.worker if prefill else None
         trace.decode_worker = decode.member.worker if decode else None
-        trace.placed_at = self._clock.now()
+        trace.attempts += 1
+        if trace.placed_at is None:
+            trace.placed_at = self._clock.now()
         self.handle(choice, Placed(prefill.key if prefill else None, decode.key if decode else None))
         log.debug("placed", request=trace.id, prefill=trace.prefill_worker, decode=trace.decode_worker)
+
+    def _place_again(self, choice: _Choice, action: PlaceAgain) -> None:
+        self._choices.pop(action.fence, None)
+        self._metrics.resumptions.labels(reason=action.reason.value).inc()
+        try:
+            placement = self._fleet.place(choice.need_again())
+        except (AvailabilityError, RequestError) as error:
+            self.handle(choice, NotPlaced(error))
+        else:
+            self._place(choice, placement)
 
     def _carry_out(self, choice: _Choice, action: Action, now: float) -> None:
         if isinstance(action, Deliver):
@@ -261,6 +286,8 @@ class Dispatcher:
             choice.generation.deliver(Ended(choice.index, action.reason))
         elif isinstance(action, Fail):
             self._failed(choice, action, now)
+        elif isinstance(action, PlaceAgain):
+            self._place_again(choice, action)
         elif isinstance(action, Forget):
             self._forget(choice, action, now)
 

@@ -38,6 +38,9 @@ class ChoiceRecord(msgspec.Struct, frozen=True):
     """Since the request's arrival, tokenization included."""
     inter_token_seconds: Percentiles
     total_seconds: float | None
+    attempts: int
+    """How often it was placed: once, and again for each time that it was interrupted. The workers are the last ones;
+    prefill and handoff are of the first attempt, decode of all together."""
     prefill_worker: str | None
     decode_worker: str | None
     finish_reason: str | None
@@ -59,6 +62,7 @@ class ChoiceTrace:
     id: str
     prompt_tokens: int
     arrived: float
+    attempts: int = 0
     prefill_worker: str | None = None
     decode_worker: str | None = None
     placed_at: float | None = None
@@ -107,6 +111,7 @@ class ChoiceTrace:
             first_token_seconds=_between(self.arrived, self.first_token_at),
             inter_token_seconds=self._percentiles or self._inter_token(),
             total_seconds=_between(self.arrived, self.ended_at),
+            attempts=self.attempts,
             prefill_worker=self.prefill_worker,
             decode_worker=self.decode_worker,
             finish_reason=self.finish_reason,

@@ -4,6 +4,7 @@
 
     PLACED, PREFILLING, STREAMING --LegFailed, LegLost, DeadlinePassed--> FAILED
     PLACED, PREFILLING, STREAMING --ClientGone--> CANCELLED
+    PLACED, PREFILLING, STREAMING --LegFinished (retracted)--> UNPLACED --Placed--> PLACED ...
 
 Two legs can run for a choice: prefill computes the prompt and gives token 0, decode gives the rest. A unified decode
 worker is a decode leg alone, a one-token request a prefill leg alone. Their words reach the router over two links, so
@@ -13,8 +14,10 @@ the decode leg's reason and every token before it.
 The first failure decides: it ends the choice at once and cancels the other leg. Only a prefill leg that fails after the
 decode leg has taken over harms nobody. FINISHED may still wait for the prefill leg's last word, which has the timings.
 
-The place of recovery: instead of `_failed`, LegFailed and LegLost of an active state will go to UNPLACED, with an
-action that asks for another pair; `Placed` then makes the next attempt's fence, with `output` = the ledger's tokens.
+A request can go on as another attempt: it gives up both legs, forgets what came out of order, and asks for another
+placement; `Placed` then makes the next fence, with the ledger's tokens as `output`. The next attempt computes them
+again, as far as nobody has them cached, and continues with the very tokens that would have come: a position's
+randomness is its own. There is this one path (`_place_again`); retraction takes it.
 """
 
 from __future__ import annotations
@@ -69,6 +72,12 @@ class Placed(msgspec.Struct, frozen=True):
 
     prefill: WorkerKey | None
     decode: WorkerKey | None
+
+
+class NotPlaced(msgspec.Struct, frozen=True):
+    """There is no place for the next attempt."""
+
+    error: BatonError
 
 
 class LegStarted(msgspec.Struct, frozen=True):
@@ -159,13 +168,21 @@ class Fail(msgspec.Struct, frozen=True):
     blame: Role | None
 
 
+class PlaceAgain(msgspec.Struct, frozen=True):
+    """Choose workers for the next attempt, and tell by `Placed` or `NotPlaced`. Nothing with this fence is expected any
+    more."""
+
+    fence: Fence
+    reason: FinishReason
+
+
 class Forget(msgspec.Struct, frozen=True):
     """The choice has ended and both legs are over: nothing with this fence is expected any more."""
 
     fence: Fence | None
 
 
-Action = Union[Dispatch, Cancel, Release, Deliver, Finish, Fail, Forget]
+Action = Union[Dispatch, Cancel, Release, Deliver, Finish, Fail, PlaceAgain, Forget]
 
 _ACTIVE = (RequestState.PLACED, RequestState.PREFILLING, RequestState.STREAMING)
 _ENDED = (RequestState.FINISHED, RequestState.FAILED, RequestState.CANCELLED)
@@ -176,6 +193,8 @@ class RequestMachine(StateMachine[Action]):
 
     TABLE: ClassVar = {
         (RequestState.UNPLACED, Placed): "_placed",
+        (RequestState.UNPLACED, NotPlaced): "_not_placed",
+        (RequestState.UNPLACED, StopMatched): "_stop",
         (RequestState.UNPLACED, ClientGone): "_client_gone",
         (RequestState.UNPLACED, DeadlinePassed): "_deadline",
         **{(state, LegStarted): "_started" for state in _ACTIVE},
@@ -197,17 +216,20 @@ class RequestMachine(StateMachine[Action]):
         **{(state, DeadlinePassed): "_give_up_waiting" for state in _ENDED},
     }
 
-    def __init__(self, request: str, prompt: list[int], sampling: Sampling) -> None:
+    def __init__(self, request: str, prompt: list[int], sampling: Sampling, priority: int = 0) -> None:
         super().__init__(request, RequestState.UNPLACED)
         self.fence: Fence | None = None
-        self.delivered = 0
-        """Tokens that went to the client: the ledger is complete up to here."""
         self.prefill_timings: PrefillTimings | None = None
         self.handoff_timings: HandoffTimings | None = None
         self.decode_timings: DecodeTimings | None = None
         self._prompt = prompt
         self._sampling = sampling
+        self._priority = priority
         self._attempt = 0
+        self._output: list[int] = []
+        """Tokens that went to the client: the ledger is complete up to here."""
+        self._resumed_at = 0
+        """How many of them earlier attempts gave."""
         self._open: dict[Role, WorkerKey] = {}
         self._ahead: dict[int, Emitted] = {}
         """Tokens that came before one of a smaller offset."""
@@ -219,6 +241,11 @@ class RequestMachine(StateMachine[Action]):
     def ended(self) -> bool:
         return self.state in _ENDED
 
+    @property
+    def delivered(self) -> int:
+        """Tokens that went to the client."""
+        return len(self._output)
+
     # --- the beginning -----------------------------------------------------------------------------------------------
 
     def _placed(self, event: Placed, now: float) -> list[Action]:
@@ -227,20 +254,31 @@ class RequestMachine(StateMachine[Action]):
         fence = self.fence = Fence(
             self.name, self._attempt, prefill.epoch if prefill else 0, decode.epoch if decode else 0
         )
+        self._resumed_at, self._taken_over = self.delivered, False
+        output = list(self._output)
         actions: list[Action] = []
         # Decode first: it only makes a reservation, and then knows the fence before prefill's OFFER can come.
         if decode is not None:
             peer = prefill.worker if prefill else None
-            attempt = DecodeAttempt(fence, self._prompt, self._sampling, peer)
-            actions.append(Dispatch(Role.DECODE, decode, attempt))
+            to_decode = DecodeAttempt(fence, self._prompt, self._sampling, peer, output, self._priority)
+            actions.append(Dispatch(Role.DECODE, decode, to_decode))
             self._open[Role.DECODE] = decode
         if prefill is not None:
             peer = decode.worker if decode else None
-            actions.append(Dispatch(Role.PREFILL, prefill, PrefillAttempt(fence, self._prompt, self._sampling, peer)))
+            to_prefill = PrefillAttempt(fence, self._prompt, self._sampling, peer, output, self._priority)
+            actions.append(Dispatch(Role.PREFILL, prefill, to_prefill))
             self._open[Role.PREFILL] = prefill
-        self._prompt = []  # the workers have it; a request that streams for minutes need not keep it
         self.to(RequestState.PLACED)
         return actions
+
+    def _not_placed(self, event: NotPlaced, now: float) -> list[Action]:
+        return self._fail(event.error, None)
+
+    def _place_again(self, reason: FinishReason) -> list[Action]:
+        """The next attempt goes on after the last token that the client got. What came out of order comes again."""
+        self._ahead.clear()
+        self.to(RequestState.UNPLACED)
+        return [*self._cancel_all("it goes on as another attempt"), PlaceAgain(self._live_fence(), reason)]
 
     def _started(self, event: LegStarted, now: float) -> list[Action]:
         self._taken_over |= event.role is Role.DECODE
@@ -254,12 +292,13 @@ class RequestMachine(StateMachine[Action]):
         for emitted in event.tokens:
             if emitted.offset >= self.delivered:
                 self._ahead.setdefault(emitted.offset, emitted)
-            # Only a decode leg gives token 1, and it gives it after it has taken over the KV.
-            self._taken_over |= emitted.offset > 0
+            # Only a decode leg gives an attempt's second token, and it gives it after it has taken over the KV.
+            self._taken_over |= emitted.offset > self._resumed_at
         tokens: list[Emitted] = []
         while self.delivered in self._ahead:
-            tokens.append(self._ahead.pop(self.delivered))
-            self.delivered += 1
+            emitted = self._ahead.pop(self.delivered)
+            tokens.append(emitted)
+            self._output.append(emitted.token)
         if not tokens:
             return []
         self.to(RequestState.STREAMING)
@@ -277,6 +316,8 @@ class RequestMachine(StateMachine[Action]):
                 *actions,
                 *self._fail(ProtocolError(f"{event.role.value} cancelled {self.name} unasked"), event.role),
             ]
+        if event.reason is FinishReason.RETRACTED:
+            return [*actions, *self._place_again(event.reason)]
         if event.reason is FinishReason.HANDED_OFF:
             self._taken_over = True
         else:
@@ -288,7 +329,7 @@ class RequestMachine(StateMachine[Action]):
         return actions
 
     def _finish_if_complete(self) -> list[Action]:
-        if self._reason is None or self._ahead or self.delivered == 0:
+        if self._reason is None or self._ahead or not self._has_begun:
             return []
         return self._finish(self._reason)
 
@@ -315,7 +356,7 @@ class RequestMachine(StateMachine[Action]):
         if event.role not in self._open:
             return []
         actions = self._close_leg(event)
-        needless = event.role is Role.PREFILL and self._taken_over and self.delivered > 0
+        needless = event.role is Role.PREFILL and self._taken_over and self._has_begun
         return actions if needless else [*actions, *self._fail(error, blame)]
 
     def _client_gone(self, event: ClientGone, now: float) -> list[Action]:
@@ -347,12 +388,18 @@ class RequestMachine(StateMachine[Action]):
 
     # --- legs --------------------------------------------------------------------------------------------------------
 
+    @property
+    def _has_begun(self) -> bool:
+        """Whether this attempt's first token went out."""
+        return self.delivered > self._resumed_at
+
     def _close_leg(self, event: LegFinished | LegFailed | LegLost) -> list[Action]:
         if isinstance(event, LegFinished):
-            self.handoff_timings = event.handoff or self.handoff_timings
-            self.decode_timings = event.decode or self.decode_timings
+            # The prompt's own prefill and handoff are the first attempt's; decoding is the work of all of them.
             unified = event.decode.prefill if event.decode else None
-            self.prefill_timings = event.prefill or unified or self.prefill_timings
+            self.prefill_timings = self.prefill_timings or event.prefill or unified
+            self.handoff_timings = self.handoff_timings or event.handoff
+            self.decode_timings = _together(self.decode_timings, event.decode)
         worker = self._open.pop(event.role, None)
         return [] if worker is None else [Release(event.role, worker, self._live_fence())]
 
@@ -372,3 +419,20 @@ class RequestMachine(StateMachine[Action]):
     def _live_fence(self) -> Fence:
         assert self.fence is not None, "a leg is open only after Placed"
         return self.fence
+
+
+def _together(before: DecodeTimings | None, after: DecodeTimings | None) -> DecodeTimings | None:
+    """Of two attempts at one request."""
+    if before is None or after is None:
+        return before or after
+    return DecodeTimings(
+        await_seconds=before.await_seconds + after.await_seconds,
+        decode_seconds=before.decode_seconds + after.decode_seconds,
+        steps=before.steps + after.steps,
+        batch_sum=before.batch_sum + after.batch_sum,
+        prefill=before.prefill,
+        batch_max=max(before.batch_max, after.batch_max),
+        lease_seconds=before.lease_seconds + after.lease_seconds,
+        verify_seconds=before.verify_seconds + after.verify_seconds,
+        first_step_seconds=before.first_step_seconds,
+    )

@@ -139,7 +139,11 @@ class Planner:
                 raise InvalidRequest("the prompt is empty: it has no tokens", param="prompt")
             max_tokens = self._max_tokens(len(prompt), limit, field)
             choices += [
-                ChoiceSpec(prompt, self._sampling(request, max_tokens, choice_seed(seed, index), logprobs))
+                ChoiceSpec(
+                    prompt,
+                    self._sampling(request, max_tokens, choice_seed(seed, index), logprobs),
+                    request.priority or 0,
+                )
                 for index in range(n)
             ]
         return Plan(

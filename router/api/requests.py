@@ -17,6 +17,11 @@ TokenCount = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+_PRIORITY = Meta(
+    ge=-100,
+    le=100,
+    description="The higher, the more urgent; 0 by default. It counts where the cluster schedules by priority.",
+)
 NoArray = Annotated[list[Any], Meta(max_length=0)]
 Prompt = Union[str, list[Union[str, int, list[int]]]]
 """Lists are of one kind throughout, which the type can't tell: the planner checks it, /openapi.json shows it."""
@@ -67,7 +72,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    priority: Int64 | None = None
+    priority: Annotated[int, _PRIORITY] | None = None
 
     logit_bias: Nothing | None = None
     response_format: ResponseFormat | None = None

@@ -57,6 +57,8 @@ class Behaviour:
     fails_at: int | None = None
     error: ErrorInfo = DAMAGED
     blame: Role | None = None
+    retracted_at: int | None = None
+    """A first attempt at a request ends there, for want of pages."""
     dies_at: int | None = None
     """The process ends: every connection breaks."""
     repeats: bool = False
@@ -155,11 +157,12 @@ class FakeWorker:
         behaviour, fence = self.behaviour, attempt.fence
         if behaviour.gate is not None:
             await behaviour.gate.wait()
-        cached = PREFILL_TIMINGS.cached_tokens if self.role is Role.PREFILL else 0
+        given = len(attempt.output)
+        cached = PREFILL_TIMINGS.cached_tokens + given if self.role is Role.PREFILL else 0
         link.post(AttemptStarted(fence, self.role, cached))
         output, reason = _cut(behaviour.answer, attempt)
-        first = 1 if isinstance(attempt, DecodeAttempt) and attempt.prefill is not None else 0
-        last = 1 if self.role is Role.PREFILL else len(output)
+        first = given + 1 if isinstance(attempt, DecodeAttempt) and attempt.prefill is not None else given
+        last = given + 1 if self.role is Role.PREFILL else len(output)
         if first >= len(output):
             return  # The first token was the last one: the prefill leg says so.
         for offset in range(first, last):
@@ -171,6 +174,10 @@ class FakeWorker:
                 link.post(AttemptFailed(fence, self.role, behaviour.blame or self.role, behaviour.error))
                 del self.running[fence]
                 return
+            if behaviour.retracted_at == offset and fence.attempt == 1:
+                link.post(AttemptFinished(fence, self.role, FinishReason.RETRACTED, decode=DECODE_TIMINGS))
+                del self.running[fence]
+                return
             if behaviour.silent_from == offset:
                 await asyncio.Event().wait()
             emitted = Emitted(fence, offset, output[offset], _logprobs(attempt, output[offset]))
@@ -178,7 +185,7 @@ class FakeWorker:
             await asyncio.sleep(0)
         if self.role is Role.DECODE:
             link.post(AttemptFinished(fence, self.role, reason, decode=DECODE_TIMINGS))
-        elif len(output) == 1:
+        elif len(output) == given + 1:
             link.post(AttemptFinished(fence, self.role, reason, prefill=PREFILL_TIMINGS))
         else:
             handed_over = FinishReason.HANDED_OFF

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import IllegalTransition, ProtocolError, TransferFailed, WorkerLost
+from cluster.errors import IllegalTransition, NoWorker, ProtocolError, TransferFailed, WorkerLost
 from cluster.messages import (
     DecodeAttempt,
     DecodeTimings,
@@ -30,6 +30,8 @@ from router.request_state import (
     LegFinished,
     LegLost,
     LegStarted,
+    NotPlaced,
+    PlaceAgain,
     Placed,
     Release,
     RequestMachine,
@@ -58,8 +60,10 @@ PREFILL_FAILED = LegFailed(Role.PREFILL, Role.DECODE, TransferFailed("refused"))
 DECODE_FAILED = LegFailed(Role.DECODE, Role.PREFILL, TransferFailed("damaged"))
 PREFILL_LOST = LegLost(Role.PREFILL, WorkerLost("gone"))
 DECODE_LOST = LegLost(Role.DECODE, WorkerLost("gone"))
+RETRACTED = LegFinished(Role.DECODE, FinishReason.RETRACTED, decode=DECODE)
 GONE, DEADLINE = ClientGone("bye"), DeadlinePassed(60)
 PLACED = Placed(P, D)
+NOT_PLACED = NotPlaced(NoWorker("no decode worker is live"))
 
 PATHS = {
     RequestState.UNPLACED: [],
@@ -70,15 +74,21 @@ PATHS = {
     RequestState.FAILED: [PLACED, STARTED, DECODE_FAILED],
     RequestState.CANCELLED: [PLACED, GONE],
 }
-EVENTS = [PLACED, STARTED, token(0), HANDED_OFF, PREFILL_FAILED, PREFILL_LOST, StopMatched(), GONE, DEADLINE]
+EVENTS = [
+    PLACED, NOT_PLACED, STARTED, token(0), HANDED_OFF, PREFILL_FAILED, PREFILL_LOST, StopMatched(), GONE, DEADLINE,
+]  # fmt: skip
+UNPLACED_TAKES = (Placed, NotPlaced, StopMatched, ClientGone, DeadlinePassed)
 ACTIVE = (RequestState.PLACED, RequestState.PREFILLING, RequestState.STREAMING)
 
 
-def machine_after(events, sampling: Sampling | None = None) -> tuple[RequestMachine, list]:
+def machine_after(events, sampling: Sampling | None = None, *, again: Placed | None = None) -> tuple:
+    """`again`: where each next attempt is placed, at once."""
     machine = RequestMachine("r-0", [1, 2, 3], sampling or Sampling(max_tokens=8, seed=1))
     actions = []
     for number, event in enumerate(events):
         actions += machine.handle(event, float(number))
+        if again is not None and isinstance(actions[-1] if actions else None, PlaceAgain):
+            actions += machine.handle(again, float(number))
     return machine, actions
 
 
@@ -95,7 +105,7 @@ def test_each_event_in_each_state_is_in_the_table_or_refused(state, event):
     machine, _ = machine_after(PATHS[state])
     assert machine.state is state
     first = state is RequestState.UNPLACED
-    legal = isinstance(event, Placed | ClientGone | DeadlinePassed) if first else not isinstance(event, Placed)
+    legal = isinstance(event, UNPLACED_TAKES) if first else not isinstance(event, Placed | NotPlaced)
     assert machine.accepts(type(event)) is legal
     if legal:
         machine.handle(event, 9.0)
@@ -107,6 +117,8 @@ def test_each_event_in_each_state_is_in_the_table_or_refused(state, event):
 
 EXPECTED = {
     (RequestState.UNPLACED, "Placed"): RequestState.PLACED,
+    (RequestState.UNPLACED, "NotPlaced"): RequestState.FAILED,
+    (RequestState.UNPLACED, "StopMatched"): RequestState.FINISHED,
     (RequestState.UNPLACED, "ClientGone"): RequestState.CANCELLED,
     (RequestState.UNPLACED, "DeadlinePassed"): RequestState.FAILED,
     (RequestState.PLACED, "LegStarted"): RequestState.PREFILLING,
@@ -222,6 +234,58 @@ def test_a_deadline_also_ends_the_wait_for_timings():
     assert machine.handle(DEADLINE, 61.0) == []
 
 
+# --- the next attempt ------------------------------------------------------------------------------------------------
+
+
+def test_a_retracted_request_goes_on_after_the_tokens_that_the_client_has():
+    way = [PLACED, STARTED, token(0), DECODE_STARTED, HANDED_OFF, token(1), RETRACTED]
+    machine, actions = machine_after(way, Sampling(max_tokens=8, seed=1))
+    assert actions[-2:] == [Release(Role.DECODE, D, FENCE), PlaceAgain(FENCE, FinishReason.RETRACTED)]
+    assert machine.state is RequestState.UNPLACED and not machine.ended
+    other = WorkerKey("decode-1", 33)
+    to_decode, to_prefill = machine.handle(Placed(P, other), 9.0)
+    fence = Fence("r-0", 2, 11, 33)
+    for dispatch in (to_decode, to_prefill):
+        assert (dispatch.attempt.fence, dispatch.attempt.prompt) == (fence, [1, 2, 3])
+        assert dispatch.attempt.output == [100, 101], "what the client has is computed, not sampled again"
+    last = [token(2), LegFinished(Role.PREFILL, FinishReason.HANDED_OFF), token(3), DECODED]
+    actions = [action for event in last for action in machine.handle(event, 10.0)]
+    assert kinds(actions) == ["Deliver", "Release", "Deliver", "Release", "Finish", "Forget"]
+    assert machine.decode_timings == DecodeTimings(0.2, 0.4, 6, 6), "of both attempts"
+    assert (machine.prefill_timings, machine.handoff_timings) == (PREFILL, HANDOFF), "of the prompt's own"
+
+
+def test_what_came_out_of_order_before_a_retraction_comes_again():
+    """Token 0 is still on prefill's link when decode has given 1 and 2 and is retracted."""
+    machine, actions = machine_after([PLACED, STARTED, token(1), token(2), RETRACTED])
+    assert kinds(actions[2:]) == ["Release", "Cancel", "Release", "PlaceAgain"]
+    (to_decode, _) = machine.handle(PLACED, 9.0)
+    assert to_decode.attempt.output == []
+    delivered = machine.handle(token(0), 10.0)
+    assert [emitted.offset for emitted in delivered[0].tokens] == [0], "1 and 2 are the next attempt's to give"
+
+
+def test_the_second_attempts_first_token_is_prefills_own():
+    machine, _ = machine_after([PLACED, STARTED, token(0), token(1), RETRACTED, PLACED, STARTED, token(2)])
+    machine.handle(PREFILL_LOST, 9.0)
+    assert machine.state is RequestState.FAILED, "decode has not taken over: its KV died with prefill"
+    machine, _ = machine_after([PLACED, STARTED, token(0), token(1), RETRACTED, PLACED, DECODE_STARTED, PREFILL_LOST])
+    assert machine.state is RequestState.FAILED, "token 2 died with it, whatever the client has of the first attempt"
+
+
+def test_without_a_place_for_the_next_attempt_the_request_fails():
+    machine, _ = machine_after([PLACED, STARTED, token(0), RETRACTED])
+    assert kinds(machine.handle(NOT_PLACED, 9.0)) == ["Fail", "Forget"]
+    assert machine.state is RequestState.FAILED
+
+
+def test_priority_goes_with_every_attempt():
+    machine = RequestMachine("r-0", [1], Sampling(max_tokens=8, seed=1), priority=7)
+    first = machine.handle(PLACED, 1.0)
+    machine.handle(RETRACTED, 2.0)
+    assert [dispatch.attempt.priority for dispatch in (*first, *machine.handle(PLACED, 3.0))] == [7] * 4
+
+
 # --- any order -------------------------------------------------------------------------------------------------------
 
 RACES = st.lists(
@@ -233,6 +297,7 @@ RACES = st.lists(
                 DECODE_STARTED,
                 HANDED_OFF,
                 DECODED,
+                RETRACTED,
                 PREFILL_FAILED,
                 DECODE_FAILED,
                 PREFILL_LOST,
@@ -250,7 +315,7 @@ RACES = st.lists(
 @settings(max_examples=500, deadline=None)
 @given(RACES, st.sampled_from([PLACED, Placed(P, None), Placed(None, D)]))
 def test_in_any_order_a_request_ends_once_and_tokens_come_in_order(events, placed):
-    machine, actions = machine_after([placed, *events])
+    machine, actions = machine_after([placed, *events], again=placed)
     actions += machine.handle(DEADLINE, 98.0)
     actions += machine.handle(DEADLINE, 99.0)
     ends = [action for action in actions if isinstance(action, Finish | Fail)]
@@ -263,7 +328,7 @@ def test_in_any_order_a_request_ends_once_and_tokens_come_in_order(events, place
     assert kinds(actions).count("Forget") == 1 and isinstance(actions[-1], Forget)
     after_end = actions[actions.index(ends[0]) :] if ends else []
     assert not any(isinstance(action, Deliver) for action in after_end)
-    cancelled = [action.role for action in actions if isinstance(action, Cancel)]
+    cancelled = [(action.role, action.message.fence) for action in actions if isinstance(action, Cancel)]
     assert len(cancelled) == len(set(cancelled))
 
 
