@@ -164,6 +164,8 @@ class Logging(Section, frozen=True):
     level: LogLevel = LogLevel.INFO
     json: bool = True
     """One JSON object per line; false: plain text, for terminals."""
+    profile_dir: Text | None = None
+    """Where workers write the traces of `/profile/start`; by default baton-profiles among the temporary files."""
 
 
 class Topology(Section, frozen=True):

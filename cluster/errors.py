@@ -10,6 +10,7 @@
     │   ├── ModelNotFound          404
     │   ├── NotFound               404  no such URL
     │   ├── MethodNotAllowed       405
+    │   ├── Conflict               409  it is not the moment for it: started twice, stopped without a start
     │   ├── BodyTooLarge           413
     │   └── UnsupportedMediaType   415
     ├── AvailabilityError          (HTTP 503, Retry-After) the same request may succeed later or elsewhere
@@ -97,6 +98,12 @@ class NotFound(RequestError):
 
 class MethodNotAllowed(RequestError):
     status = 405
+
+
+class Conflict(RequestError):
+    """What is asked for does not fit what is under way."""
+
+    status = 409
 
 
 class BodyTooLarge(RequestError):

@@ -9,7 +9,8 @@ All are frozen, tagged by type name and decoded by type. Lengths are in tokens, 
     worker  <-> bootstrap   Register/Registered (or Refused), Heartbeat, Leave
     anyone  <-> bootstrap   Watch -> Roster, then Joined, Left, Heartbeat
     control <-> engine      EngineReady, EngineFailed, FromRouter/ToRouter, RouterGone, FromPeer/ToPeer, PeerUp,
-                            PeerDown, EngineLoad, Stop         (two processes of one worker, see `cluster.ipc`)
+                            PeerDown, EngineLoad, StartProfile, StopProfile, ProfileReply, ProfileEnded, Stop
+                            (two processes of one worker, see `cluster.ipc`)
 """
 
 from __future__ import annotations
@@ -489,6 +490,30 @@ class PeerDown(Message, frozen=True):
     epoch: int
 
 
+class StartProfile(Message, frozen=True):
+    """Record a trace of the next `steps` steps, and write it to `file`. Answered by `ProfileReply`."""
+
+    file: str
+    steps: int
+
+
+class StopProfile(Message, frozen=True):
+    """End the recording now. Answered by `ProfileReply`, when the file is there."""
+
+
+class ProfileReply(Message, frozen=True):
+    """One for each `StartProfile` and `StopProfile`, in order."""
+
+    file: str = ""
+    error: ErrorInfo | None = None
+
+
+class ProfileEnded(Message, frozen=True):
+    """A recording has reached its last step by itself; the file is there."""
+
+    file: str
+
+
 class Stop(Message, frozen=True):
     """Leave the step loop, release the device, exit 0."""
 
@@ -498,7 +523,8 @@ AnyMessage = Union[
     PrefillAttempt, DecodeAttempt, CancelAttempt, AttemptStarted, Tokens, AttemptFinished, AttemptFailed,
     RouterHello, WorkerHello, PeerHello, Refused, Offer, Grant, Done, Ack, Abort, Aborted,
     Register, Registered, Heartbeat, Leave, Watch, Roster, Joined, Left,
-    EngineReady, EngineFailed, EngineLoad, FromRouter, ToRouter, RouterGone, FromPeer, ToPeer, PeerUp, PeerDown, Stop,
+    EngineReady, EngineFailed, EngineLoad, FromRouter, ToRouter, RouterGone, FromPeer, ToPeer, PeerUp, PeerDown,
+    StartProfile, StopProfile, ProfileReply, ProfileEnded, Stop,
 ]  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -33,6 +33,8 @@ from cluster.messages import (
     Message,
     PeerHello,
     PrefillAttempt,
+    ProfileEnded,
+    ProfileReply,
     Refused,
     Role,
     RouterGone,
@@ -43,6 +45,7 @@ from cluster.messages import (
     WorkerHello,
 )
 from cluster.metrics import CONTENT_TYPE, WorkerMetrics, render
+from cluster.profiling import ProfileApi
 
 log = get_logger(__name__)
 
@@ -77,6 +80,8 @@ class WorkerShell:
         self.app.router.add_get("/metrics", self._render_metrics)
         self.app.router.add_get("/server_info", self._server_info)
         self.app.router.add_get("/router", self._serve_router)
+        self._profiles = ProfileApi(name, topology.logging.profile_dir, self.post, lambda: self.member is not None)
+        self._profiles.add_routes(self.app)
 
     async def start(
         self, host: str, port: int, module: str, arguments: Sequence[str], env: Mapping[str, str]
@@ -142,6 +147,10 @@ class WorkerShell:
                     elif isinstance(message, EngineLoad):
                         self.load = message.load
                         self.metrics.observe_load(message.load)
+                    elif isinstance(message, ProfileReply):
+                        self._profiles.answer(message)
+                    elif isinstance(message, ProfileEnded):
+                        log.info("profile written", file=message.file)
         finally:
             heartbeats.cancel()
 

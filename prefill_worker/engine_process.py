@@ -9,6 +9,7 @@ from cluster.messages import EngineReady
 from cluster.process_identity import current
 from cluster.step_loop import StepHandler
 from engine.engine import Engine, EngineConfig
+from engine.profiling import ProfiledSteps
 from kv_transfer.backends import open_backend
 from kv_transfer.backends.base import PoolMemory
 from kv_transfer.digests import PageDigests
@@ -29,9 +30,8 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     thread = TransferThread(backend, digester, context.clock, context.channel.wake, pool.trial_page)
     sender = HandoffSender(thread, engine.layout, context.send_to_peer, context.clock, check, epoch=epoch)
     ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current())
-    return PrefillLoop(
-        engine, sender, context.send, context.channel.receive_only, context.clock, epoch, thread.close
-    ), ready
+    loop = PrefillLoop(engine, sender, context.send, context.channel.receive_only, context.clock, epoch, thread.close)
+    return ProfiledSteps(loop, lambda: engine.steps, context.send), ready
 
 
 if __name__ == "__main__":
