@@ -1,10 +1,12 @@
-# `make help` lists what there is. Variables, for the command line: PYTHON, VENV, PIP_FLAGS, ARGS.
+# `make help` lists what there is. Variables, for the command line: PYTHON, VENV, PIP_FLAGS, ARGS, BATON_PEERS.
 PYTHON ?= python3
 VENV ?= .venv
 # For torch without CUDA (2 GB less): PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
 # More arguments of demo, serve, test and bench: make serve ARGS="--set router.port=9000"
 ARGS ?=
+# Where `make peers` puts vLLM, llama.cpp and transformers, each in an environment of its own.
+BATON_PEERS ?= .peers
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -12,7 +14,7 @@ STAMP := $(VENV)/.baton-setup
 LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-gpu test-soak bench docs clean
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-gpu test-soak bench peers bench-peers docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/\1|\2/' \
@@ -80,6 +82,28 @@ test-gpu: setup  ## the tests that need an NVIDIA GPU
 
 bench: setup  ## 1 prefill + 1 decode worker beside a unified worker, under the same load on the same cores
 	$(BIN)/python -m bench compare $(ARGS)
+
+PEERS := $(foreach peer,vllm llama transformers,$(BATON_PEERS)/$(peer)/.installed)
+# llama.cpp is built for this machine's processor; its web page is left out, for it would be fetched from elsewhere.
+$(BATON_PEERS)/llama/.installed: export LLAMA_CPP_BUILD_JOBS := 2
+$(BATON_PEERS)/llama/.installed: export CMAKE_ARGS := -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \
+	-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+
+peers: $(STAMP) $(PEERS) $(BATON_PEERS)/.model  ## install vLLM, llama.cpp and transformers, to be measured beside Baton
+
+bench-peers: peers  ## Baton beside its peers, under the same load on the same cores
+	$(BIN)/python -m bench peers --peers $(BATON_PEERS) $(ARGS)
+
+$(BATON_PEERS)/%/.installed: requirements/peers/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -r $<
+	@# vLLM brings these for pictures and sound, built for another torch.
+	$(@D)/bin/python -m pip --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(BATON_PEERS)/.model: $(BATON_PEERS)/llama/.installed bench/peers/weights.py | $(STAMP)
+	$(BIN)/python -m bench.peers.weights $(BATON_PEERS)
+	@touch $@
 
 docs: setup  ## draw ARCHITECTURE.md's state tables from the code
 	$(BIN)/python -m tests.state_tables

