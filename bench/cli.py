@@ -8,6 +8,7 @@ from bench.commands.comparing import compare_command
 from bench.commands.goodput import goodput_command
 from bench.commands.loading import load_command, memcpy_command
 from bench.commands.peers import peers_command
+from bench.commands.plotting import plot_command
 from bench.commands.profiling import profile_decode_command, profile_prefill_command
 from bench.commands.terminal import console
 from cluster.errors import BatonError
@@ -18,6 +19,7 @@ app.command("goodput")(goodput_command)
 app.command("load")(load_command)
 app.command("memcpy")(memcpy_command)
 app.command("peers")(peers_command)
+app.command("plot")(plot_command)
 app.command("profile-decode")(profile_decode_command)
 app.command("profile-prefill")(profile_prefill_command)
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bench.commands.options import Cores, Out, Overrides, Seed, numbers, stay_on
+from bench.commands.plotting import plot_beside
 from bench.commands.terminal import console, publish
 from bench.contenders import RESULTS, chunked, split, unified_shapes
 from bench.goodput.arrivals import Mix
@@ -51,4 +52,4 @@ def goodput_command(
         second = find_goodput(
             best, conditions, RateSearch(start, factor, halvings), (first.goodput,), logs, console.print
         )
-    publish(GoodputReport(describe_setting(), conditions, [first, second], tried), out)
+    plot_beside(publish(GoodputReport(describe_setting(), conditions, [first, second], tried), out))

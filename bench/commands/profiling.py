@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bench.commands.options import Cores, Out, Overrides, Seed, numbers, stay_on
+from bench.commands.plotting import plot_beside
 from bench.commands.terminal import console, publish
 from bench.contenders import RESULTS, SPLIT
 from bench.curves.alone import Place
@@ -38,7 +39,7 @@ def profile_prefill_command(
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
         place = Place(topology, tuple(settings or ()), Path(folder))
         curve = profile_prefill(place, grid, repeats, seed, console.print)
-    publish(curve, out)
+    plot_beside(publish(curve, out))
 
 
 def profile_decode_command(
@@ -57,4 +58,4 @@ def profile_decode_command(
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
         place = Place(topology, tuple(settings or ()), Path(folder))
         curve = profile_decode(place, grid, repeats, seed, console.print)
-    publish(curve, out)
+    plot_beside(publish(curve, out))

@@ -24,10 +24,12 @@ class PrefillPoint(msgspec.Struct, frozen=True):
 
 
 class DecodePoint(msgspec.Struct, frozen=True):
-    """`batch` sequences that decode together, each behind `context_tokens` tokens (in the middle of the run)."""
+    """`batch` sequences that decode together, each behind a prompt of `prompt_tokens`."""
 
     batch: int
+    prompt_tokens: int
     context_tokens: int
+    """What they had before them in the middle of the time that was measured, prompt and output, on average."""
     inter_token_seconds: Repeated
     """Time over tokens in each run, over the runs."""
 
@@ -83,6 +85,7 @@ class DecodeCurve(msgspec.Struct, frozen=True, tag_field="kind", tag="decode-cur
         rows = [
             [
                 str(point.batch),
+                f"{point.prompt_tokens:,}",
                 f"{point.context_tokens:,}",
                 spread(point.inter_token_seconds, _MILLI),
                 number(point.batch / point.inter_token_seconds.median),
@@ -93,7 +96,7 @@ class DecodeCurve(msgspec.Struct, frozen=True, tag_field="kind", tag="decode-cur
             _runs(self.cores, self.repeats),
             "Only while all of a batch decodes; the context is that in the middle of this time.",
         ]
-        table = Table("Decode", ["batch", "context", "inter-token, ms", "tok/s"], rows)
+        table = Table("Decode", ["batch", "prompts", "context", "inter-token, ms", "tok/s"], rows)
         return Page("curve-decode", f"One decode worker alone, {self.model}", [table], notes)
 
 

@@ -85,7 +85,7 @@ def _point(alone: Alone, requests: Sequence[Asked], repeats: int) -> DecodePoint
     if gaps is None:
         raise ConfigError(f"{len(requests)} sequences never decoded all at once: is the pool too small for them?")
     context = round(sum(each.context_tokens for each in found) / len(found))
-    return DecodePoint(len(requests), context, gaps)
+    return DecodePoint(len(requests), len(requests[0].prompt), context, gaps)
 
 
 def _line(point: DecodePoint) -> str:

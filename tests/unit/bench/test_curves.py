@@ -1,5 +1,7 @@
 """Curves: which points are measured, and what of a run counts."""
 
+import sys
+
 import msgspec
 import pytest
 
@@ -9,8 +11,10 @@ from bench.curves.decode import OUTPUT_TOKENS, DecodeGrid
 from bench.curves.prefill import PrefillGrid
 from bench.curves.together import while_all_decode
 from bench.machine import describe_setting
+from bench.pictures import draw, read
 from bench.report import markdown
 from bench.statistics import Repeated
+from cluster.errors import ConfigError
 
 
 def timeline(*arrivals, prompt_tokens=100):
@@ -51,14 +55,42 @@ def test_each_context_is_prefilled_once_and_the_pool_holds_the_largest_batch():
     assert grid.pool_tokens >= 8 * (4096 + OUTPUT_TOKENS)
 
 
-def test_a_planner_reads_what_people_read():
+@pytest.fixture
+def curves():
     shared = {
         "setting": describe_setting(), "topology": "model: {}", "model": "tiny", "cores": [1], "repeats": 3, "seed": 0,
     }  # fmt: skip
     took = Repeated(0.25, 0.2, 0.3)
     prefill = PrefillCurve(points=[PrefillPoint(500, 1024, 1, took, None)], **shared)
-    decode = DecodeCurve(points=[DecodePoint(8, 280, took)], **shared)
+    return prefill, DecodeCurve(points=[DecodePoint(8, 256, 280, took)], **shared)
+
+
+def test_a_planner_reads_what_people_read(curves):
+    prefill, decode = curves
     assert "| 500 | 1,024 | 1 | 250 (200 to 300) | - | 2,000 |" in markdown(prefill.page, prefill.setting).splitlines()
-    assert "| 8 | 280 | 250 (200 to 300) | 32.0 |" in markdown(decode.page, decode.setting).splitlines()
-    for curve in (prefill, decode):
+    assert "| 8 | 256 | 280 | 250 (200 to 300) | 32.0 |" in markdown(decode.page, decode.setting).splitlines()
+    for curve in curves:
         assert msgspec.json.decode(msgspec.json.encode(curve), type=PrefillCurve | DecodeCurve) == curve
+
+
+def test_a_curve_becomes_a_picture_of_moderate_size(curves, tmp_path):
+    pytest.importorskip("matplotlib")
+    for curve in curves:
+        data, picture = tmp_path / "curve.json", tmp_path / "curve.svg"
+        data.write_bytes(msgspec.json.encode(curve))
+        draw(read(data), picture)
+        assert "worker alone, tiny" in picture.read_text()
+        assert picture.stat().st_size < 150_000
+
+
+def test_what_is_missing_for_a_picture_is_named(curves, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="can't be read"):
+        read(tmp_path / "none.json")
+    (tmp_path / "other.json").write_text('{"kind": "compare"}')
+    with pytest.raises(ConfigError, match="no result that can be drawn"):
+        read(tmp_path / "other.json")
+    with pytest.raises(ConfigError, match="svg or"):
+        draw(curves[0], tmp_path / "curve.pdf")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match="make setup-bench"):
+        draw(curves[0], tmp_path / "curve.svg")

@@ -10,6 +10,7 @@ from bench.goodput.report import GoodputReport
 from bench.goodput.search import RateSearch
 from bench.goodput.trial import Conditions, Curve, rank
 from bench.machine import describe_setting
+from bench.pictures import draw
 from bench.report import markdown
 
 MIX = Mix(prompt=Lengths(64, 2000), output=Lengths(16, 200))
@@ -129,3 +130,10 @@ def test_the_report_says_whether_splitting_pays(split, unified, ratio, verdict):
     assert f"| goodput of 1P1D / that of unified | {ratio} | ≥ 1.50 | {verdict} |" in lines
     assert any(line.startswith("| unified | 2.00 | 10 | 50% |") for line in lines)
     assert msgspec.json.decode(msgspec.json.encode(made), type=GoodputReport) == made
+
+
+def test_the_picture_tells_the_goodput_of_both(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw(report(1.5, 1.0), tmp_path / "goodput.svg")
+    text = (tmp_path / "goodput.svg").read_text()
+    assert "1P1D: goodput 1.50 requests/s" in text and "unified: goodput 1.00 requests/s" in text
