@@ -40,6 +40,15 @@ class WeightsFrom(str, Enum):
     """Random weights in the shape of config.json: for load tests."""
 
 
+class Kernels(str, Enum):
+    AUTO = "auto"
+    """Native where they can be had, else torch."""
+    NATIVE = "native"
+    """C++ for CPUs with AVX-512, compiled at the first start."""
+    TORCH = "torch"
+    """torch's own operators: any device."""
+
+
 class TransferName(str, Enum):
     NIXL = "nixl"
     MOONCAKE = "mooncake"
@@ -80,6 +89,7 @@ class Model(Section, frozen=True):
     weights: WeightsFrom = WeightsFrom.FILES
     context_length: Positive | None = None
     """Shortens the model's own."""
+    kernels: Kernels = Kernels.AUTO
 
 
 class KV(Section, frozen=True):

@@ -15,13 +15,14 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from cluster.config import Decode, Dtype, Prefill, SchedulingPolicy, Topology, WeightsFrom
+from cluster.config import Decode, Dtype, Kernels, Prefill, SchedulingPolicy, Topology, WeightsFrom
 from cluster.errors import ConfigError, InvalidRequest, PromptTooLong
 from cluster.layout import KVLayout
 from cluster.messages import Fence, FinishReason, Logprobs, ModelCard, Sampling
 from cluster.model_files import resolve_model
 from engine.batch import build_step
 from engine.commitment import Commitments
+from engine.decoders import make_decoder
 from engine.device import open_device
 from engine.kv_cache import KVCache
 from engine.pacing import Pacing
@@ -32,7 +33,6 @@ from engine.sampler import choose
 from engine.scheduler import Chunk, Lease, Scheduler, StepPlan
 from engine.sequence import Sequence
 from engine.shapes import ROWS, series
-from engine.torch_decoder import TorchDecoder
 from engine.weights import open_model
 
 __all__ = ["Engine", "EngineConfig", "Progress", "Sampled", "StepPlan", "StepResult"]
@@ -60,7 +60,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Shortens the model's own."""
     prefix_cache: bool = True
     threads: int = 1
-    """Of torch's operators, on CPU."""
+    """Of torch's operators and the native kernels, on CPU."""
+    kernels: Kernels = Kernels.AUTO
     device: str = "cpu"
     # What these mean stands in `cluster.config`: they are the scheduling sections of both pools.
     policy: SchedulingPolicy = SchedulingPolicy.FIRST_COME
@@ -85,6 +86,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             context_length=topology.model.context_length,
             prefix_cache=topology.kv.prefix_cache,
             threads=threads,
+            kernels=topology.model.kernels,
             **msgspec.structs.asdict(pool.scheduling),
         )
 
@@ -140,7 +142,7 @@ class Engine:
         """Steps since the start: grows while the engine makes progress."""
         self._config = config
         self._cache = KVCache(self.layout, config.pool_pages + TRIAL_PAGES, device)
-        self._decoder = TorchDecoder(architecture, files.weights, self._cache)
+        self._decoder = make_decoder(config.kernels, architecture, files.weights, self._cache, config.threads)
         self.prefixes = PrefixCache(self.ledger, config.page_size, enabled=config.prefix_cache)
         self._scheduler = Scheduler(
             self.ledger,

@@ -21,10 +21,14 @@ class RotaryEmbedding:
         frequencies, self._attention_factor = inverse_frequencies(config, head_dim)
         self._frequencies = frequencies.to(device)
 
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, each [tokens, head_dim / 2] in float32. `positions` is [tokens]."""
+        angles = positions.to(torch.float32)[:, None] * self._frequencies
+        return angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
+
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and signed sine, each [tokens, 1, head_dim] of `dtype`, for `rotate`. `positions` is [tokens]."""
-        angles = positions.to(torch.float32)[:, None, None] * self._frequencies
-        cosine, sine = angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
+        cosine, sine = (table[:, None] for table in self.angles(positions))
         return torch.cat((cosine, cosine), -1).to(dtype), torch.cat((-sine, sine), -1).to(dtype)
 
 

@@ -8,7 +8,7 @@ import gguf
 import pytest
 import torch
 
-from cluster.config import Dtype, WeightsFrom
+from cluster.config import Dtype, Kernels, WeightsFrom
 from cluster.errors import ModelError
 from engine.weights import open_model
 from tests.unit.engine.tiny import MODELS, SIZES, make_engine, make_model, prompts, run, sequence
@@ -25,11 +25,12 @@ def generated(model, prompt):
     return answer[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("kernels", [Kernels.TORCH, Kernels.NATIVE])
 @pytest.mark.parametrize("name", MODELS)
-def test_greedy_tokens_and_logprobs_are_transformers_own(name, tmp_path):
+def test_greedy_tokens_and_logprobs_are_transformers_own(name, kernels, tmp_path):
     model = make_model(MODELS[name])
     model.save_pretrained(tmp_path)
-    engine = make_engine(tmp_path)
+    engine = make_engine(tmp_path, kernels=kernels)
     engine.warm_up()
     asked = prompts(1, 3, 4, 5, 15, 16, 17, 40, 70)
     found = run(engine, *(sequence(index, prompt, NEW_TOKENS) for index, prompt in enumerate(asked)))

@@ -1,0 +1,183 @@
+"""The decoder in C++ kernels: one call per layer, buffers that are kept, no padding."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.decoder import Step
+from engine.kv_cache import KVCache
+from engine.model_config import ModelConfig
+from engine.native.library import LayerPointers, NativeUnavailable, Shape, StepPointers, load
+from engine.native.packing import WORD_BYTES, packed, packed_pairs, paired_bias
+from engine.rope import RotaryEmbedding
+from engine.weights.base import Weights
+from engine.weights.layers import LayerWeights, read_layer
+
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_HEAD_DIM = 256
+MAX_GROUP = 64
+"""Query heads per key/value head; this and the above are sizes of buffers in attention.h."""
+
+
+class NativeDecoder:
+    """Implements `Decoder`. Raises `NativeUnavailable` where it can't run this model on this machine."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache, threads: int) -> None:
+        _require_supported(config, cache)
+        library = load()
+        dtype = cache.pool.dtype
+        name = str(dtype).removeprefix("torch.")
+        self._compute_layer = library[f"baton_layer_{name}"]
+        self._compute_logits = library[f"baton_logits_{name}"]
+        self._config = config
+        self._cache = cache
+        self._kept: list[Tensor] = []
+        """What the pointers point to."""
+
+        def read(name: str) -> Tensor:
+            return weights.read(name).to(dtype)
+
+        self._embedding = read("model.embed_tokens.weight")
+        pointers = [self._pointers(read_layer(config, read, layer), layer) for layer in range(config.layers)]
+        self._layers = [ctypes.byref(layer) for layer in pointers]
+        self._norm = read("model.norm.weight")
+        self._head = packed(self._embedding if config.tied_embeddings else read("lm_head.weight"))
+        self._rope = RotaryEmbedding(config.rope, config.head_dim, cache.pool.device)
+        self._shape = Shape(
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            page_size=cache.layout.page_size,
+            epsilon=config.norm_epsilon,
+            scale=config.head_dim**-0.5,
+        )
+        self._step = StepPointers(threads=threads, page_stride=cache.pool.stride(0))
+        self._arguments = ctypes.byref(self._shape), ctypes.byref(self._step)
+        self._hidden = self._embedding.new_empty(0, config.hidden_size)
+        self._sampled = self._embedding.new_empty(0, config.hidden_size)
+        self._logits = torch.empty(0, config.vocab_size)
+
+    def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
+        hidden = self._work_space(len(step.tokens))
+        torch.index_select(self._embedding, 0, torch.from_numpy(step.tokens), out=hidden)
+        placed = self._place(step)
+        shape, arguments = self._arguments
+        for layer in self._layers:
+            self._compute_layer(shape, layer, arguments)
+            between_layers()
+        del placed
+        return self._logits_of(hidden, step)
+
+    def warm_up(self, page: int, rows: int, running: int, context: int) -> None:
+        """Nothing is made per size but the buffers."""
+        self._work_space(rows)
+        self._sampling_space(running)
+
+    def _place(self, step: Step) -> tuple[object, ...]:
+        """Says where each row's KV goes and what it attends to. Valid as long as the result is held."""
+        page_size = self._cache.layout.page_size
+        pages: list[int] = []
+        spans = []
+        for span in step.spans:
+            spans.append((span.row, span.start, span.stop, len(pages)))
+            pages += span.pages[: -(-span.stop // page_size)]
+        page_table, span_table = np.array(pages, dtype=np.int32), np.array(spans, dtype=np.int32)
+        counts = span_table[:, 2] - span_table[:, 1]
+        slots = np.empty((len(step.tokens), 2), dtype=np.int32)
+        slots[:, 0] = page_table[step.positions // page_size + np.repeat(span_table[:, 3], counts)]
+        slots[:, 1] = step.positions % page_size
+        cosine, sine = self._rope.angles(torch.from_numpy(step.positions))
+        self._step.rows, self._step.spans = len(step.tokens), len(step.spans)
+        self._step.span, self._step.pages = span_table.ctypes.data, page_table.ctypes.data
+        self._step.slots = slots.ctypes.data
+        self._step.cosine, self._step.sine = cosine.data_ptr(), sine.data_ptr()
+        return span_table, page_table, slots, cosine, sine
+
+    def _logits_of(self, hidden: Tensor, step: Step) -> Tensor:
+        sampled, logits = self._sampling_space(len(step.sampled))
+        if len(step.sampled) == 0:
+            return logits
+        torch.index_select(hidden, 0, torch.from_numpy(step.sampled), out=sampled)
+        self._compute_logits(
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (sampled, self._norm)),
+            ctypes.c_float(self._config.norm_epsilon),
+            ctypes.c_void_p(self._head.data_ptr()),
+            *(self._config.hidden_size, self._config.vocab_size, len(step.sampled)),
+            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (sampled, logits)),
+            self._step.threads,
+        )
+        return logits
+
+    def _work_space(self, rows: int) -> Tensor:
+        """The first `rows` of the residual stream; the other buffers are at least as long."""
+        if rows > len(self._hidden):
+            config = self._config
+            new, attended = self._embedding.new_empty, config.heads * config.head_dim
+            width = attended + 2 * config.kv_heads * config.head_dim
+            self._hidden = new(rows, config.hidden_size)
+            self._buffers = {
+                "normed": new(rows, config.hidden_size),
+                "query_key_value": new(rows, width),
+                "attended": new(rows, attended),
+                "activated": new(rows, config.intermediate_size),
+            }
+            self._step.hidden = self._hidden.data_ptr()
+            for name, buffer in self._buffers.items():
+                setattr(self._step, name, buffer.data_ptr())
+        return self._hidden[:rows]
+
+    def _sampling_space(self, rows: int) -> tuple[Tensor, Tensor]:
+        if rows > len(self._logits):
+            self._sampled = self._embedding.new_empty(rows, self._config.hidden_size)
+            self._logits = torch.empty(rows, self._config.vocab_size)
+        return self._sampled[:rows], self._logits[:rows]
+
+    def _pointers(self, weights: LayerWeights, layer: int) -> LayerPointers:
+        def keep(tensor: Tensor | None) -> int | None:
+            if tensor is None:
+                return None
+            self._kept.append(tensor.contiguous())
+            return self._kept[-1].data_ptr()
+
+        gate_up_bias = weights.gate_up.bias
+        window = self._config.windows[layer] if self._config.windows else None
+        return LayerPointers(
+            attention_norm=keep(weights.attention_norm),
+            query_key_value=keep(packed(weights.query_key_value.weight)),
+            query_key_value_bias=keep(weights.query_key_value.bias),
+            query_key_norm=keep(weights.query_key_norm),
+            output=keep(packed(weights.output.weight)),
+            output_bias=keep(weights.output.bias),
+            mlp_norm=keep(weights.mlp_norm),
+            gate_up=keep(packed_pairs(weights.gate_up.weight)),
+            gate_up_bias=keep(None if gate_up_bias is None else paired_bias(gate_up_bias)),
+            down=keep(packed(weights.down.weight)),
+            down_bias=keep(weights.down.bias),
+            cache=self._cache.pool[:, layer].data_ptr(),
+            window=window or 0,
+        )
+
+
+def _require_supported(config: ModelConfig, cache: KVCache) -> None:
+    """Raises `NativeUnavailable` for a device, dtype or sizes that the kernels don't have."""
+    pool = cache.pool
+    if pool.device.type != "cpu" or pool.dtype not in DTYPES:
+        raise NativeUnavailable(
+            f"the native kernels compute float32 and bfloat16 on CPU, not {pool.dtype} on {pool.device}"
+        )
+    per_word = WORD_BYTES // pool.element_size()
+    odd = [name for name in ("hidden_size", "intermediate_size", "head_dim") if getattr(config, name) % per_word]
+    if odd:
+        raise NativeUnavailable(f"the native kernels need an even {odd[0]} in bfloat16, not {getattr(config, odd[0])}")
+    if config.head_dim > MAX_HEAD_DIM or config.heads // config.kv_heads > MAX_GROUP:
+        raise NativeUnavailable(
+            f"the native kernels compute heads of up to {MAX_HEAD_DIM}, at most {MAX_GROUP} with the same keys; this "
+            f"model has {config.heads} of {config.head_dim}, and {config.kv_heads} heads of keys"
+        )

@@ -1,0 +1,287 @@
+// A decoder layer on CPU: the C interface that engine.native.library calls. Needs AVX-512F and BW; bfloat16 products are
+// one instruction where the processor has AVX512-BF16, and made of float32 ones where not.
+//
+// A call computes one layer, or one product, with a team of `threads` that meet at barriers between its parts. It is
+// linked without an OpenMP library of its own: torch's is in the process, and a second one would have a second team.
+#include <omp.h>
+
+#include <memory>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "product.h"
+#include "tile.h"
+
+namespace baton {
+
+extern "C" {
+
+// Mirrored by engine.native.library: same order, same types.
+struct Shape {
+    int32_t hidden, intermediate, heads, kv_heads, head_dim, page_size;
+    float epsilon, scale;
+};
+
+struct LayerWeights {
+    const void *attention_norm, *query_key_value, *query_key_value_bias, *query_key_norm, *output, *output_bias;
+    const void *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+    void* cache;
+    int32_t window;
+};
+
+struct Step {
+    int32_t rows, spans, threads;
+    const Span* span;
+    const int32_t* pages;
+    int64_t page_stride;
+    const float *cosine, *sine;  // [rows, head_dim / 2]
+    const int32_t* slots;        // [rows, 2]: page, and offset in it, of each row's key and value
+    void *hidden, *normed, *query_key_value, *attended, *activated;
+};
+
+}  // extern "C"
+
+namespace {
+
+template <class Type>
+using Element = typename Type::Element;
+
+// Sums of a product and where they go: a bias is added, a residual too, and the columns behind `columns` are dropped.
+template <class Type>
+struct StoreRows {
+    Element<Type>* to;
+    const Element<Type>* bias;
+    bool add;  // to what is there
+    int columns;
+
+    template <int PANELS>
+    void operator()(int row, int panel, const __m512 (&sums)[PANELS]) const {
+        for (int at = 0; at < PANELS; ++at) {
+            const int column = (panel + at) * LANES;
+            const __mmask16 lanes = lanes_of(columns - column);
+            Element<Type>* target = to + static_cast<int64_t>(row) * columns + column;
+            __m512 value = sums[at];
+            if (bias) value = _mm512_add_ps(value, Type::load(bias + column, lanes));
+            if (add) value = _mm512_add_ps(value, Type::load(target, lanes));
+            Type::store(target, value, lanes);
+        }
+    }
+};
+
+struct StoreFloats {
+    float* to;
+    int columns;
+
+    template <int PANELS>
+    void operator()(int row, int panel, const __m512 (&sums)[PANELS]) const {
+        for (int at = 0; at < PANELS; ++at) {
+            const int column = (panel + at) * LANES;
+            _mm512_mask_storeu_ps(to + static_cast<int64_t>(row) * columns + column, lanes_of(columns - column), sums[at]);
+        }
+    }
+};
+
+// Gate and up panels come in turns; so do their biases.
+template <class Type>
+struct ActivateRows {
+    Element<Type>* to;
+    const Element<Type>* bias;
+    int columns;
+
+    template <int PANELS>
+    void operator()(int row, int panel, const __m512 (&sums)[PANELS]) const {
+        if constexpr (PANELS % 2 == 0)
+            for (int at = 0; at < PANELS; at += 2) {
+                const int column = (panel + at) / 2 * LANES;
+                __m512 gate = sums[at], up = sums[at + 1];
+                if (bias) {
+                    gate = _mm512_add_ps(gate, Type::load(bias + (panel + at) * LANES));
+                    up = _mm512_add_ps(up, Type::load(bias + (panel + at + 1) * LANES));
+                }
+                Type::store(to + static_cast<int64_t>(row) * columns + column, silu_and_multiply(gate, up),
+                            lanes_of(columns - column));
+            }
+    }
+};
+
+inline int panels_of(int columns) { return (columns + LANES - 1) / LANES; }
+
+template <class Type>
+int words_of(int columns) {
+    return columns / Type::PER_WORD;
+}
+
+template <class Type>
+Rows rows_of(const void* from, int columns, int count) {
+    return {static_cast<const Word*>(from), words_of<Type>(columns), count};
+}
+
+template <class Type>
+class Layer {
+   public:
+    Layer(const Shape& shape, const LayerWeights& weights, const Step& step)
+        : shape_(shape),
+          weights_(weights),
+          step_(step),
+          cache_{static_cast<Element<Type>*>(weights.cache), step.page_stride, step.pages, shape.kv_heads,
+                 shape.page_size, shape.head_dim},
+          query_width_(shape.heads * shape.head_dim),
+          width_((shape.heads + 2 * shape.kv_heads) * shape.head_dim) {}
+
+    // Called by every thread of the team.
+    void compute(int thread, int threads) const {
+        const auto bias = [](const void* from) { return static_cast<const Element<Type>*>(from); };
+        normalize_rows(weights_.attention_norm);
+        product(step_.normed, shape_.hidden, weights_.query_key_value, width_, 1, thread, threads,
+                StoreRows<Type>{qkv(), bias(weights_.query_key_value_bias), false, width_});
+        place_rows();
+        attend_all();
+        product(step_.attended, query_width_, weights_.output, shape_.hidden, 1, thread, threads,
+                StoreRows<Type>{hidden(), bias(weights_.output_bias), true, shape_.hidden});
+        normalize_rows(weights_.mlp_norm);
+        product(step_.normed, shape_.hidden, weights_.gate_up, 2 * panels_of(shape_.intermediate) * LANES, 2, thread,
+                threads,
+                ActivateRows<Type>{static_cast<Element<Type>*>(step_.activated), bias(weights_.gate_up_bias),
+                                   shape_.intermediate});
+        product(step_.activated, shape_.intermediate, weights_.down, shape_.hidden, 1, thread, threads,
+                StoreRows<Type>{hidden(), bias(weights_.down_bias), true, shape_.hidden});
+    }
+
+   private:
+    Element<Type>* hidden() const { return static_cast<Element<Type>*>(step_.hidden); }
+    Element<Type>* qkv() const { return static_cast<Element<Type>*>(step_.query_key_value); }
+
+    template <class Finish>
+    void product(const void* from, int inputs, const void* packed, int outputs, int group, int thread, int threads,
+                 const Finish& finish) const {
+        multiply<Type>(rows_of<Type>(from, inputs, step_.rows),
+                       Panels{static_cast<const Word*>(packed), words_of<Type>(inputs)},
+                       share_of(panels_of(outputs), group, thread, threads), finish);
+#pragma omp barrier
+    }
+
+    void normalize_rows(const void* weight) const {
+#pragma omp for schedule(static)
+        for (int row = 0; row < step_.rows; ++row) {
+            const int64_t at = static_cast<int64_t>(row) * shape_.hidden;
+            normalize<Type>(static_cast<Element<Type>*>(step_.normed) + at, hidden() + at,
+                            static_cast<const Element<Type>*>(weight), shape_.hidden, shape_.epsilon);
+        }
+    }
+
+    // Norms and rotates queries and keys; keys and values go to their pages.
+    void place_rows() const {
+        const int head_dim = shape_.head_dim;
+        const auto* norm = static_cast<const Element<Type>*>(weights_.query_key_norm);
+#pragma omp for schedule(static)
+        for (int row = 0; row < step_.rows; ++row) {
+            Element<Type>* heads = qkv() + static_cast<int64_t>(row) * width_;
+            const int64_t angle = static_cast<int64_t>(row) * (head_dim / 2);
+            for (int head = 0; head < shape_.heads + shape_.kv_heads; ++head) {
+                Element<Type>* vector = heads + head * head_dim;
+                if (norm) normalize<Type>(vector, vector, norm + head * head_dim, head_dim, shape_.epsilon);
+                rotate<Type>(vector, step_.cosine + angle, step_.sine + angle, head_dim);
+            }
+            store(heads + query_width_, step_.slots[2 * row], step_.slots[2 * row + 1]);
+        }
+    }
+
+    void store(const Element<Type>* keys, int page, int offset) const {
+        const int head_dim = shape_.head_dim;
+        const int64_t values = static_cast<int64_t>(shape_.kv_heads) * head_dim;
+        for (int head = 0; head < shape_.kv_heads; ++head) {
+            const int64_t slot = static_cast<int64_t>(head) * shape_.page_size + offset;
+            Element<Type>* key = cache_.base + page * step_.page_stride + slot * head_dim;
+            std::memcpy(key, keys + head * head_dim, head_dim * sizeof(Element<Type>));
+            std::memcpy(key + cache_.value_offset(), keys + values + head * head_dim, head_dim * sizeof(Element<Type>));
+        }
+    }
+
+    int block_tokens() const { return std::max(1, BLOCK_ROWS / (shape_.heads / shape_.kv_heads)); }
+
+    void attend_all() const {
+        int tasks = 0;
+        for (int index = 0; index < step_.spans; ++index) tasks += blocks_of(step_.span[index]) * shape_.kv_heads;
+        static thread_local std::unique_ptr<QueryBlock<Type>> block = std::make_unique<QueryBlock<Type>>();
+        // Blocks differ in how many keys they see: whoever is done takes the next.
+#pragma omp for schedule(dynamic)
+        for (int task = 0; task < tasks; ++task) attend(*block, task);
+    }
+
+    int blocks_of(const Span& span) const { return (span.stop - span.start + block_tokens() - 1) / block_tokens(); }
+
+    void attend(QueryBlock<Type>& block, int task) const {
+        const Span* span = step_.span;
+        while (task >= blocks_of(*span) * shape_.kv_heads) task -= blocks_of(*span++) * shape_.kv_heads;
+        const int head = task % shape_.kv_heads;
+        const int start = span->start + task / shape_.kv_heads * block_tokens();
+        const int stop = std::min(span->stop, start + block_tokens());
+        const int group = shape_.heads / shape_.kv_heads;
+        const int64_t row = span->row + start - span->start;
+        const AttentionShape attention{group, weights_.window, shape_.scale};
+        block.begin(qkv() + row * width_ + head * group * shape_.head_dim, width_, start, stop, group, shape_.head_dim);
+        const int oldest = attention.window ? std::max(0, start - attention.window + 1) : 0;
+        for (int key = oldest / BLOCK_KEYS * BLOCK_KEYS; key < stop; key += BLOCK_KEYS)
+            block.see(cache_, *span, head, key, stop, attention);
+        block.finish(static_cast<Element<Type>*>(step_.attended) + row * query_width_ + head * group * shape_.head_dim,
+                     query_width_);
+    }
+
+    const Shape& shape_;
+    const LayerWeights& weights_;
+    const Step& step_;
+    const LayerCache<Type> cache_;
+    const int query_width_, width_;
+};
+
+template <class Type>
+void compute_layer(const Shape& shape, const LayerWeights& weights, const Step& step) {
+    const Layer<Type> layer(shape, weights, step);
+#pragma omp parallel num_threads(step.threads)
+    layer.compute(omp_get_thread_num(), omp_get_num_threads());
+}
+
+template <class Type>
+void compute_logits(const void* hidden, const void* norm, float epsilon, const void* packed, int inputs, int outputs,
+                    int rows, void* normed, float* logits, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int row = 0; row < rows; ++row) {
+            const int64_t at = static_cast<int64_t>(row) * inputs;
+            normalize<Type>(static_cast<Element<Type>*>(normed) + at, static_cast<const Element<Type>*>(hidden) + at,
+                            static_cast<const Element<Type>*>(norm), inputs, epsilon);
+        }
+        multiply<Type>(rows_of<Type>(normed, inputs, rows),
+                       Panels{static_cast<const Word*>(packed), words_of<Type>(inputs)},
+                       share_of(panels_of(outputs), 1, omp_get_thread_num(), omp_get_num_threads()),
+                       StoreFloats{logits, outputs});
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) void baton_layer_float32(const Shape* shape, const LayerWeights* weights, const Step* step) {
+    compute_layer<Float32>(*shape, *weights, *step);
+}
+
+__attribute__((visibility("default"))) void baton_layer_bfloat16(const Shape* shape, const LayerWeights* weights, const Step* step) {
+    compute_layer<BFloat16>(*shape, *weights, *step);
+}
+
+// logits [rows, outputs] = norm(hidden [rows, inputs]) times packed weights; `normed` [rows, inputs] is work space.
+__attribute__((visibility("default"))) void baton_logits_float32(const void* hidden, const void* norm, float epsilon, const void* packed, int inputs,
+                          int outputs, int rows, void* normed, float* logits, int threads) {
+    compute_logits<Float32>(hidden, norm, epsilon, packed, inputs, outputs, rows, normed, logits, threads);
+}
+
+__attribute__((visibility("default"))) void baton_logits_bfloat16(const void* hidden, const void* norm, float epsilon, const void* packed, int inputs,
+                           int outputs, int rows, void* normed, float* logits, int threads) {
+    compute_logits<BFloat16>(hidden, norm, epsilon, packed, inputs, outputs, rows, normed, logits, threads);
+}
+
+}  // extern "C"
+
+}  // namespace baton
