@@ -24,7 +24,7 @@ PORT = "PORT"
 """Stands for the port in a command."""
 READY_SECONDS = 300.0
 """vLLM compiles the model when it first meets it."""
-STOP_SECONDS = 20.0
+KILL_SECONDS = 5.0
 POLL_SECONDS = 0.1
 TAIL_LINES = 40
 
@@ -47,6 +47,8 @@ class Program:
     """Of each request."""
     takes_text: bool = False
     says_done: bool = True
+    stop_seconds: float = 20.0
+    """So long it may take to end when asked to."""
 
     @property
     def words(self) -> list[str]:
@@ -75,7 +77,7 @@ class Program:
             _wait_until_up(process, f"{url}/health", log)
             yield Endpoint(url, self.model, self.options, ProcessTree(process.pid), self.takes_text, self.says_done)
         finally:
-            end_tree(process)
+            end_tree(process, self.stop_seconds)
 
 
 def installed(environment: Path, packages: Sequence[str]) -> dict[str, str]:
@@ -85,15 +87,16 @@ def installed(environment: Path, packages: Sequence[str]) -> dict[str, str]:
     return {name: found[name] for name in packages if name in found}
 
 
-def end_tree(process: subprocess.Popen[bytes]) -> None:
-    """Asks `process` to end; kills what is left of it and of its children. Returns when all are gone."""
+def end_tree(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Asks `process` to end; kills what is left of it and of its children after so long. Returns when all are gone."""
     with suppress(psutil.NoSuchProcess):
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
-        _, stubborn = psutil.wait_procs([psutil.Process(process.pid), *children], timeout=STOP_SECONDS)
+        _, stubborn = psutil.wait_procs([psutil.Process(process.pid), *children], timeout=seconds)
         for each in stubborn:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
+        psutil.wait_procs(stubborn, timeout=KILL_SECONDS)
     process.wait()
 
 
