@@ -12,12 +12,13 @@ import msgspec
 import typer
 from rich.console import Console
 
-from cluster.config import Bootstrap
+from cluster.config import Bootstrap, Router
 from cluster.errors import BatonError, ConfigError
 from cluster.model_files import resolve_model
 from cluster.topology import dump_topology, load_topology
 from deploy.cluster_client import BootstrapClient, RouterClient, base_url
 from deploy.demo import run_demo
+from deploy.explain import waterfall
 from deploy.foreground import first_of, run_cluster
 from deploy.preflight import prepare
 from deploy.session import Session
@@ -107,6 +108,29 @@ def status(
             _console().print(status_table(workers, config.lease_seconds))
         else:
             print("no workers")
+
+    asyncio.run(ask())
+
+
+@app.command()
+def explain(
+    request: Annotated[str, typer.Argument(metavar="REQUEST", help="The answer's id, or the request's X-Request-Id.")],
+    router: Annotated[str | None, typer.Option(metavar="URL", help="Of the router, in place of a topology.")] = None,
+    topology_path: Annotated[Path | None, typer.Option("--topology", help="The cluster's YAML file.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Show where the time of one request went, stage by stage."""
+    config = load_topology(topology_path, overrides).router if topology_path else Router()
+
+    async def ask() -> None:
+        async with aiohttp.ClientSession() as http:
+            client = RouterClient(http, (router or base_url(config.host, config.port)).rstrip("/"))
+            record = await client.record(request)
+        if as_json:
+            print(msgspec.json.encode(record).decode())
+        else:
+            _console().print(waterfall(record))
 
     asyncio.run(ask())
 

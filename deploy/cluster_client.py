@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
 
-from cluster.errors import LaunchError
+from cluster.errors import LaunchError, NotFound
 from cluster.messages import DecodeTimings, HandoffTimings, MemberStatus, PrefillTimings
 
 _ShapeT = TypeVar("_ShapeT")
@@ -22,6 +23,17 @@ class Percentiles(msgspec.Struct, frozen=True):
 
     p50: float | None
     p99: float | None
+
+
+class FirstToken(msgspec.Struct, frozen=True):
+    """The parts of the time until the first token, see the router's own record; `tokenize` is a part of `router`."""
+
+    router: float
+    tokenize: float
+    network: float
+    queue: float
+    prefill: float
+    rest: float
 
 
 class RequestRecord(msgspec.Struct, frozen=True):
@@ -37,9 +49,15 @@ class RequestRecord(msgspec.Struct, frozen=True):
     handoff: HandoffTimings | None = None
     decode: DecodeTimings | None = None
     first_token_seconds: float | None = None
+    first_token: FirstToken | None = None
+    second_token_seconds: float | None = None
     inter_token_seconds: Percentiles | None = None
+    attempts: int = 1
     prefill_worker: str | None = None
     decode_worker: str | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+    blame: str | None = None
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -84,9 +102,15 @@ class RouterClient:
         await _get(self._http, f"{self._url}/health", "the router")
 
     async def record(self, request: str) -> RequestRecord:
-        """Where the time of a request went, so far as the router knows. Raises `LaunchError`."""
-        url = f"{self._url}/v1/requests/{request}"
-        return _parse(await _get(self._http, url, "the router"), RequestRecord, url)
+        """Where the time of a request went, so far as the router knows; by the answer's id, or by the X-Request-Id that
+        came with it. Raises `NotFound` for one that it does not know, `LaunchError` if it does not answer."""
+        url = f"{self._url}/v1/requests/{quote(request, safe='')}"
+        status, body = await _ask(self._http, url, "the router")
+        if status == 404:
+            raise NotFound(
+                f"the router at {self._url} knows no recent request {request!r}: it keeps the last few thousand"
+            )
+        return _parse(_required(status, body, url, "the router"), RequestRecord, url)
 
     async def chat(self, model: str, prompt: str, max_tokens: int) -> AsyncIterator[Piece]:
         """The greedy answer to one user message, piece by piece as it arrives. Raises `LaunchError`."""
@@ -144,12 +168,20 @@ def parse_event(line: bytes) -> Piece | None:
 
 
 async def _get(http: aiohttp.ClientSession, url: str, who: str) -> bytes:
+    return _required(*await _ask(http, url, who), url, who)
+
+
+def _required(status: int, body: bytes, url: str, who: str) -> bytes:
+    if status != 200:
+        raise LaunchError(f"{who} at {url} answered {status}")
+    return body
+
+
+async def _ask(http: aiohttp.ClientSession, url: str, who: str) -> tuple[int, bytes]:
+    """Status and body. Raises `LaunchError` if nobody answers."""
     try:
         async with http.get(url, timeout=aiohttp.ClientTimeout(_PROBE_SECONDS)) as response:
-            body = await response.read()
-            if response.status != 200:
-                raise LaunchError(f"{who} at {url} answered {response.status}")
-            return body
+            return response.status, await response.read()
     except (aiohttp.ClientError, asyncio.TimeoutError) as error:
         raise LaunchError(f"{who} at {url} does not answer: {_reason(error)}") from error
 

@@ -170,12 +170,17 @@ class Dispatcher:
         """Choices that are not forgotten yet."""
         return len(self._choices)
 
-    def begin(self, request: str, alias: str, specs: Sequence[ChoiceSpec], arrived: float) -> Generation:
+    def begin(
+        self, request: str, alias: str, specs: Sequence[ChoiceSpec], arrived: float, tokenize_seconds: float
+    ) -> Generation:
         """Places and dispatches all choices. `request` is unique for all time, `alias` the client's own id for it.
 
         Raises `NoWorker` or `PromptTooLong`; then nothing was dispatched.
         """
-        traces = [ChoiceTrace(f"{request}-{index}", len(spec.prompt), arrived) for index, spec in enumerate(specs)]
+        traces = [
+            ChoiceTrace(f"{request}-{index}", len(spec.prompt), arrived, tokenize_seconds)
+            for index, spec in enumerate(specs)
+        ]
         generation = Generation(self, specs, traces)
         for choice in generation.choices:
             self._fleet.require(choice.need)

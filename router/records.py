@@ -1,6 +1,7 @@
 """Where a request's time went: collected while it runs, kept for a while after, served at /v1/requests/{id}.
 
-Times are the router's own, from the request's arrival; timings by leg are the workers' words.
+Times are the router's own, from the request's arrival; timings by leg are the workers' words. Clocks of different hosts
+are never compared: a worker tells durations of its own clock, and what the router's has beyond them is the way between.
 """
 
 from __future__ import annotations
@@ -23,6 +24,23 @@ class Percentiles(msgspec.Struct, frozen=True):
     p99: float | None
 
 
+class FirstToken(msgspec.Struct, frozen=True):
+    """`first_token_seconds` as the sum of `router`, `network`, `queue`, `prefill` and `rest`, in seconds."""
+
+    router: float
+    """Arrival until sent to the workers: read, checked, tokenized, placed."""
+    tokenize: float
+    """Of it, template and tokenization, a wait for their thread included."""
+    network: float
+    """To the prefilling worker and back: sent until it told of its start, less its queueing."""
+    queue: float
+    """At the worker, until its first chunk began."""
+    prefill: float
+    """There, until the token was sampled."""
+    rest: float
+    """What the token's own way took beyond that of the first word; so it can be a little below zero."""
+
+
 class ChoiceRecord(msgspec.Struct, frozen=True):
     """One choice. None: not known, not yet known, or (a leg's timings) no such leg."""
 
@@ -36,6 +54,10 @@ class ChoiceRecord(msgspec.Struct, frozen=True):
     decode: DecodeTimings | None
     first_token_seconds: float | None
     """Since the request's arrival, tokenization included."""
+    first_token: FirstToken | None
+    """The same, by part."""
+    second_token_seconds: float | None
+    """Since the first: with two legs, the exposed part of the handoff and decode's first step."""
     inter_token_seconds: Percentiles
     total_seconds: float | None
     attempts: int
@@ -62,12 +84,14 @@ class ChoiceTrace:
     id: str
     prompt_tokens: int
     arrived: float
+    tokenize_seconds: float = 0.0
     attempts: int = 0
     prefill_worker: str | None = None
     decode_worker: str | None = None
     placed_at: float | None = None
     started_at: float | None = None
     first_token_at: float | None = None
+    second_token_at: float | None = None
     last_token_at: float | None = None
     ended_at: float | None = None
     cached_tokens: int = 0
@@ -89,8 +113,10 @@ class ChoiceTrace:
         if last is None:
             self.first_token_at = now
             gaps = [0.0] * (count - 1)
+            self.second_token_at = now if gaps else None
         else:
             gaps = [now - last] + [0.0] * (count - 1)
+            self.second_token_at = now if self.second_token_at is None else self.second_token_at
         self._gaps += gaps
         return gaps
 
@@ -109,6 +135,8 @@ class ChoiceTrace:
             handoff=self.handoff,
             decode=self.decode,
             first_token_seconds=_between(self.arrived, self.first_token_at),
+            first_token=self._first_token(),
+            second_token_seconds=_between(self.first_token_at, self.second_token_at),
             inter_token_seconds=self._percentiles or self._inter_token(),
             total_seconds=_between(self.arrived, self.ended_at),
             attempts=self.attempts,
@@ -117,6 +145,20 @@ class ChoiceTrace:
             finish_reason=self.finish_reason,
             error=self.error,
             blame=self.blame,
+        )
+
+    def _first_token(self) -> FirstToken | None:
+        prefill = self.prefill
+        if self.placed_at is None or self.started_at is None or self.first_token_at is None or prefill is None:
+            return None
+        network = self.started_at - self.placed_at - prefill.queue_seconds
+        return FirstToken(
+            router=self.placed_at - self.arrived,
+            tokenize=self.tokenize_seconds,
+            network=network,
+            queue=prefill.queue_seconds,
+            prefill=prefill.compute_seconds,
+            rest=self.first_token_at - self.placed_at - network - prefill.queue_seconds - prefill.compute_seconds,
         )
 
     def _inter_token(self) -> Percentiles:

@@ -85,7 +85,9 @@ class GenerationApi:
         self, request: web.Request, plan: Plan, form: Format, arrived: float, outcome: Outcome
     ) -> web.StreamResponse:
         request_id = unique_id(form.prefix, request[REQUEST_ID])
-        generation = self._dispatcher.begin(request_id, request[REQUEST_ID], plan.choices, arrived)
+        generation = self._dispatcher.begin(
+            request_id, request[REQUEST_ID], plan.choices, arrived, plan.tokenize_seconds
+        )
         # At the deadline the exchange ends by itself; only a write that waits for the client does not.
         transport = request.transport
         stuck = asyncio.get_running_loop().call_later(

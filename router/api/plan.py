@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from cluster.clock import Clock
 from cluster.config import Router
@@ -22,7 +22,10 @@ THREAD_CHARACTERS = 2048
 
 _MASK = (1 << 64) - 1
 
-ResultT = TypeVar("ResultT")
+
+class _Tokenized(NamedTuple):
+    prompts: list[list[int]]
+    seconds: float
 
 
 class Plan(NamedTuple):
@@ -36,6 +39,7 @@ class Plan(NamedTuple):
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    tokenize_seconds: float
 
 
 class Planner:
@@ -78,9 +82,9 @@ class Planner:
         def tokenize() -> list[list[int]]:
             return [self._text.encode(template.render(messages), add_special_tokens=False)]
 
-        prompts = await self._timed(tokenize, sum(len(message["content"]) for message in messages))
+        tokenized = await self._timed(tokenize, sum(len(message["content"]) for message in messages))
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        return self._plan(request, prompts, logprobs, *_limit(request))
+        return self._plan(request, tokenized, logprobs, *_limit(request))
 
     async def completion(self, request: CompletionRequest) -> Plan:
         """Raises `ModelNotFound`, `InvalidRequest` or `PromptTooLong`."""
@@ -101,8 +105,8 @@ class Planner:
             ]
 
         characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-        token_ids = await self._timed(tokenize, characters)
-        return self._plan(request, token_ids, request.logprobs, request.max_tokens, "max_tokens")
+        tokenized = await self._timed(tokenize, characters)
+        return self._plan(request, tokenized, request.logprobs, request.max_tokens, "max_tokens")
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -120,21 +124,21 @@ class Planner:
                 param="n" if (n or 1) > 1 else "prompt",
             )
 
-    async def _timed(self, work: Callable[[], ResultT], characters: int) -> ResultT:
+    async def _timed(self, work: Callable[[], list[list[int]]], characters: int) -> _Tokenized:
         start = self._clock.now()
-        try:
-            return await asyncio.to_thread(work) if characters > THREAD_CHARACTERS else work()
-        finally:
-            self._metrics.tokenize.observe(self._clock.now() - start)
+        prompts = await asyncio.to_thread(work) if characters > THREAD_CHARACTERS else work()
+        seconds = self._clock.now() - start
+        self._metrics.tokenize.observe(seconds)
+        return _Tokenized(prompts, seconds)
 
     def _plan(
-        self, request: GenerationRequest, prompts: list[list[int]], logprobs: int | None, limit: int | None, field: str
+        self, request: GenerationRequest, tokenized: _Tokenized, logprobs: int | None, limit: int | None, field: str
     ) -> Plan:
         n = request.n or 1
-        self._require_choices(len(prompts), n)
+        self._require_choices(len(tokenized.prompts), n)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         choices = []
-        for prompt in prompts:
+        for prompt in tokenized.prompts:
             if not prompt:
                 raise InvalidRequest("the prompt is empty: it has no tokens", param="prompt")
             max_tokens = self._max_tokens(len(prompt), limit, field)
@@ -148,13 +152,14 @@ class Planner:
             ]
         return Plan(
             choices=choices,
-            prompts=prompts,
+            prompts=tokenized.prompts,
             n=n,
             stops=[request.stop] if isinstance(request.stop, str) else list(request.stop or []),
             logprobs=logprobs,
             stream=bool(request.stream),
             include_usage=bool(request.stream_options and request.stream_options.include_usage),
             return_token_ids=bool(request.return_token_ids),
+            tokenize_seconds=tokenized.seconds,
         )
 
     def _max_tokens(self, prompt: int, limit: int | None, field: str) -> int:

@@ -203,6 +203,11 @@ async def test_the_record_says_where_the_time_went(house):
     assert record["decode"]["steps"] == 4 and record["finish_reason"] == "length"
     assert 0 <= record["queue_seconds"] <= record["first_token_seconds"] <= record["total_seconds"]
     assert 0 <= record["inter_token_seconds"]["p50"] <= record["inter_token_seconds"]["p99"]
+    parts = record["first_token"]
+    assert parts["queue"] == 0.001 and parts["prefill"] == 0.002 and 0 < parts["tokenize"] < parts["router"]
+    whole = sum(parts[name] for name in ("router", "network", "queue", "prefill", "rest"))
+    assert whole == pytest.approx(record["first_token_seconds"])
+    assert 0 <= record["second_token_seconds"] <= record["total_seconds"]
     assert len(record["choices"]) == 1
 
 

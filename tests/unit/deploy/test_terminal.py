@@ -1,4 +1,4 @@
-"""What people read: log lines, the pools, where the time went."""
+"""What people read: log lines, the pools, an answer as it comes."""
 
 import io
 import json
@@ -7,9 +7,7 @@ import pytest
 from rich.console import Console
 
 from cluster.errors import LaunchError
-from cluster.messages import DecodeTimings, HandoffTimings, PrefillTimings
-from deploy.cluster_client import Percentiles, Piece, RequestRecord, base_url, parse_event
-from deploy.demo import timings_table
+from deploy.cluster_client import Piece, base_url, parse_event
 from deploy.log_lines import last_error, last_event, readable
 from deploy.status import health, status_table
 from tests.unit.deploy.example_members import member_status
@@ -50,37 +48,6 @@ def test_the_pools_are_shown_prefill_first():
     assert rows[1][:2] == ["prefill-1", "prefill"]
     assert rows[1][3:] == ["ready", "2", "1", "3/8", "1", "7", "0.5", "s", "ago"]
     assert rows[2][3] == "silent"
-
-
-def test_where_the_time_of_a_handed_over_request_went():
-    record = RequestRecord(
-        id="r1",
-        prompt_tokens=110,
-        output_tokens=40,
-        total_seconds=2.0,
-        queue_seconds=0.001,
-        prefill=PrefillTimings(queue_seconds=0.001, compute_seconds=0.1, tokens=110, cached_tokens=10, chunks=1),
-        handoff=HandoffTimings(0.002, write_seconds=0.002, exposed_seconds=0.003, pages=7, bytes=4_000_000),
-        decode=DecodeTimings(0.1, 1.8, 39, 39),
-        first_token_seconds=0.15,
-        inter_token_seconds=Percentiles(p50=0.04, p99=0.06),
-        prefill_worker="prefill-0",
-        decode_worker="decode-0",
-    )
-    text = [" ".join(row) for row in printed(timings_table(record))]
-    assert "prefill 100.0 ms 100 tokens, 1,000 tok/s, on prefill-0" in text
-    assert "handoff 2.0 ms 7 pages, 4.00 MB, 2 GB/s, to decode-0" in text
-    assert "exposed 3.0 ms last chunk computed until acknowledged" in text
-    assert "inter-token 40.0 ms p50; p99 60.0 ms" in text
-    assert "total 2000.0 ms 40 tokens, 20 tok/s" in text
-
-
-def test_a_unified_request_has_no_handoff_and_its_prefill_is_the_decode_workers():
-    prefill = PrefillTimings(0.0, compute_seconds=0.0, tokens=10, cached_tokens=10, chunks=0)
-    record = RequestRecord("r1", 10, 1, 0.2, decode=DecodeTimings(0.1, 0.1, 1, 1, prefill), decode_worker="decode-0")
-    text = [" ".join(row) for row in printed(timings_table(record))]
-    assert "prefill 0.0 ms 0 tokens, on decode-0" in text
-    assert not any(line.startswith("handoff") for line in text)
 
 
 def test_an_event_of_the_answers_stream():

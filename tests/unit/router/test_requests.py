@@ -58,9 +58,27 @@ def test_a_record_tells_times_from_arrival_and_percentiles_by_nearest_rank():
         choice.seal()
 
 
+def test_the_first_tokens_time_is_the_sum_of_its_parts_without_comparing_clocks():
+    """The worker says 0.1 s of queue and 0.2 s of prefill; 0.4 s until its first word: 0.3 s of way, there and back."""
+    choice = trace()
+    choice.tokenize_seconds, choice.placed_at, choice.started_at = 0.02, 10.1, 10.5
+    choice.tokens(1, 10.75)
+    choice.tokens(1, 10.85)
+    assert choice.record().first_token is None, "the worker's word is still to come"
+    choice.prefill = PrefillTimings(0.1, 0.2, 5, 0, 1)
+    record = choice.record()
+    parts = record.first_token
+    found = (parts.router, parts.tokenize, parts.network, parts.queue, parts.prefill, parts.rest)
+    assert found == pytest.approx((0.1, 0.02, 0.3, 0.1, 0.2, 0.05))
+    whole = parts.router + parts.network + parts.queue + parts.prefill + parts.rest
+    assert whole == pytest.approx(record.first_token_seconds) == 0.75
+    assert record.second_token_seconds == pytest.approx(0.1)
+
+
 def test_tokens_that_come_together_have_no_time_between_them():
     choice = trace()
     assert choice.tokens(3, 11.0) == [0.0, 0.0]
+    assert choice.record().second_token_seconds == 0.0
     assert choice.tokens(2, 12.0) == [1.0, 0.0]
 
 
