@@ -5,7 +5,9 @@ from __future__ import annotations
 import typer
 
 from bench.commands.comparing import compare_command
+from bench.commands.engine import engine_command
 from bench.commands.goodput import goodput_command
+from bench.commands.handoff import handoff_command
 from bench.commands.loading import load_command, memcpy_command
 from bench.commands.peers import peers_command
 from bench.commands.plotting import plot_command
@@ -15,7 +17,9 @@ from cluster.errors import BatonError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("compare")(compare_command)
+app.command("engine")(engine_command)
 app.command("goodput")(goodput_command)
+app.command("handoff")(handoff_command)
 app.command("load")(load_command)
 app.command("memcpy")(memcpy_command)
 app.command("peers")(peers_command)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from cluster.config import Kernels
 from engine.attention.base import Span
 
 Integers = npt.NDArray[np.int64]
@@ -32,6 +33,9 @@ class Step(NamedTuple):
 
 class Decoder(Protocol):
     """A model's weights, on one device, in one dtype."""
+
+    kernels: Kernels
+    """Who computes: never `AUTO`."""
 
     def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
         """Stores the step's KV in the spans' pages; returns the float32 logits [len(step.sampled), vocabulary].

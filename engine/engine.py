@@ -156,6 +156,11 @@ class Engine:
         )
 
     @property
+    def kernels(self) -> Kernels:
+        """Who computes on this device: native kernels, or torch's operators."""
+        return self._decoder.kernels
+
+    @property
     def pool_address(self) -> int:
         """Of the KV pool's first byte."""
         return self._cache.address

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from cluster.config import Kernels
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.decoder import Integers, Step
 from engine.kv_cache import KVCache
@@ -40,6 +41,8 @@ class _Layer(NamedTuple):
 
 class TorchDecoder:
     """Implements `Decoder`; no state between calls."""
+
+    kernels = Kernels.TORCH
 
     def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache) -> None:
         dtype, self._device = cache.pool.dtype, cache.pool.device

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.config import Kernels
 from engine.decoder import Step
 from engine.kv_cache import KVCache
 from engine.model_config import ModelConfig
@@ -26,6 +27,8 @@ MAX_GROUP = 64
 
 class NativeDecoder:
     """Implements `Decoder`. Raises `NativeUnavailable` where it can't run this model on this machine."""
+
+    kernels = Kernels.NATIVE
 
     def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache, threads: int) -> None:
         _require_supported(config, cache)
