@@ -7,6 +7,7 @@ import typer
 from bench.commands.comparing import compare_command
 from bench.commands.engine import engine_command
 from bench.commands.goodput import goodput_command
+from bench.commands.idling import idle_command
 from bench.commands.handoff import handoff_command
 from bench.commands.loading import load_command, memcpy_command
 from bench.commands.peers import peers_command
@@ -20,6 +21,7 @@ app.command("compare")(compare_command)
 app.command("engine")(engine_command)
 app.command("goodput")(goodput_command)
 app.command("handoff")(handoff_command)
+app.command("idle")(idle_command)
 app.command("load")(load_command)
 app.command("memcpy")(memcpy_command)
 app.command("peers")(peers_command)
