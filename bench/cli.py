@@ -7,8 +7,8 @@ import typer
 from bench.commands.comparing import compare_command
 from bench.commands.engine import engine_command
 from bench.commands.goodput import goodput_command
-from bench.commands.idling import idle_command
 from bench.commands.handoff import handoff_command
+from bench.commands.idling import idle_command
 from bench.commands.loading import load_command, memcpy_command
 from bench.commands.peers import peers_command
 from bench.commands.plotting import plot_command
