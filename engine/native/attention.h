@@ -34,11 +34,18 @@ struct LayerCache {
     const int32_t* pages;
     int kv_heads, page_size, head_dim;
 
-    // Key of the token at `position`; the value is `value_offset` behind it.
-    typename Type::Element* key(const Span& span, int position, int head) const {
-        const int64_t page = pages[span.first_page + position / page_size];
-        const int64_t slot = static_cast<int64_t>(head) * page_size + position % page_size;
-        return base + page * page_stride + slot * head_dim;
+    // Keys [begin, begin + BLOCK_KEYS) of a head, nullptr from `stop` on; a value is `value_offset` behind its key.
+    void locate(const typename Type::Element* (&keys)[BLOCK_KEYS], const Span& span, int head, int begin,
+                int stop) const {
+        const int32_t* page = pages + span.first_page + begin / page_size;
+        int slot = begin % page_size;
+        const int count = std::min(stop - begin, BLOCK_KEYS);
+        for (int key = 0; key < count;) {
+            const auto* from = base + *page++ * page_stride + (static_cast<int64_t>(head) * page_size + slot) * head_dim;
+            for (; slot < page_size && key < count; ++slot, from += head_dim) keys[key++] = from;
+            slot = 0;
+        }
+        for (int key = std::max(count, 0); key < BLOCK_KEYS; ++key) keys[key] = nullptr;
     }
 
     int64_t value_offset() const { return static_cast<int64_t>(kv_heads) * page_size * head_dim; }
@@ -84,16 +91,24 @@ inline void transpose(const Word* const (&from)[LANES], __mmask16 words, Word* t
     for (int word = 0; word < count; ++word) _mm512_storeu_si512(to + word * LANES, half[word]);
 }
 
-// Panels of V: lanes are dimensions, a word is one key (float32) or a pair of neighbours (bfloat16).
-inline __m512i pair_of(const float* first, const float*, __mmask16 lanes) {
-    return first ? _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes, first)) : _mm512_setzero_si512();
+// Panels of V: lanes are dimensions, a word is one key (float32) or a pair of neighbours (bfloat16). These read `count`
+// dimensions, at most two panels of them, of one word; to[1] belongs to the second panel. A key that is nullptr is zero.
+inline void pair_values(const float* key, const float*, int count, __m512i (&to)[2]) {
+    for (int panel = 0; panel < 2; ++panel) {
+        const __mmask16 lanes = key && count > panel * LANES ? lanes_of(count - panel * LANES) : 0;
+        to[panel] = _mm512_castps_si512(_mm512_maskz_loadu_ps(lanes, key + panel * LANES));
+    }
 }
 
-inline __m512i pair_of(const Half* first, const Half* second, __mmask16 lanes) {
-    const __m256i none = _mm256_setzero_si256();
-    const __m256i low = first ? _mm256_maskz_loadu_epi16(lanes, first) : none;
-    const __m256i high = second ? _mm256_maskz_loadu_epi16(lanes, second) : none;
-    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+inline void pair_values(const Half* first, const Half* second, int count, __m512i (&to)[2]) {
+    const __mmask32 lanes = count >= 2 * LANES ? 0xffffffff : (1u << count) - 1;
+    const __m512i low = _mm512_maskz_loadu_epi16(first ? lanes : 0, first);
+    const __m512i high = _mm512_maskz_loadu_epi16(second ? lanes : 0, second);
+    // Word w takes value w of both, in the second panel value 16 + w: indices from 32 on mean `high`.
+    const __m512i words = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i pairs = _mm512_or_si512(words, _mm512_slli_epi32(_mm512_add_epi32(words, _mm512_set1_epi32(32)), 16));
+    to[0] = _mm512_permutex2var_epi16(low, pairs, high);
+    to[1] = _mm512_permutex2var_epi16(low, _mm512_add_epi16(pairs, _mm512_set1_epi16(LANES)), high);
 }
 
 // One block of queries under way; the buffers of a thread.
@@ -107,6 +122,7 @@ class QueryBlock {
     // `stride`. The block's tokens are at [start, stop); rows are token by token, head by head.
     void begin(const Element* queries, int64_t stride, int start, int stop, int group, int head_dim) {
         start_ = start;
+        first_ = true;
         group_ = group;
         head_dim_ = head_dim;
         rows_ = (stop - start) * group;
@@ -123,21 +139,21 @@ class QueryBlock {
 
     // Keys [begin, begin + BLOCK_KEYS), of which those below `stop` exist.
     void see(const LayerCache<Type>& cache, const Span& span, int head, int begin, int stop, AttentionShape shape) {
-        const Element* keys[BLOCK_KEYS];
-        for (int key = 0; key < BLOCK_KEYS; ++key)
-            keys[key] = begin + key < stop ? cache.key(span, begin + key, head) : nullptr;
+        auto& keys = located_[begin / BLOCK_KEYS % 2];
+        auto& next = located_[begin / BLOCK_KEYS % 2 ^ 1];
+        if (first_) cache.locate(keys, span, head, begin, stop);
+        first_ = false;
+        cache.locate(next, span, head, begin + BLOCK_KEYS, stop);
         // Pages lie anywhere: the processor can't guess where to read on. What is read after the products is on its
         // way while they are computed.
-        for (int key = begin; key < std::min(begin + BLOCK_KEYS, stop); ++key)
-            fetch(keys[key - begin] + cache.value_offset(), head_dim_);
-        for (int key = begin + BLOCK_KEYS; key < std::min(begin + 2 * BLOCK_KEYS, stop); ++key)
-            fetch(cache.key(span, key, head), head_dim_);
+        for (int key = 0; key < BLOCK_KEYS && keys[key]; ++key) fetch(keys[key] + cache.value_offset(), head_dim_);
+        for (int key = 0; key < BLOCK_KEYS && next[key]; ++key) fetch(next[key], head_dim_);
         const int panels = (std::min(stop - begin, BLOCK_KEYS) + LANES - 1) / LANES;
         transpose_keys(keys, panels);
         const Rows queries{queries_, words_, rows_};
         multiply<Type>(queries, Panels{keys_, words_}, PanelRange{0, panels}, ScoreRows{scores_});
         for (int row = 0; row < rows_; ++row) weigh(row, begin, panels, shape);
-        pair_values(keys, cache.value_offset(), panels);
+        place_values(keys, cache.value_offset(), panels);
         multiply<Type>(Rows{weights_, KEY_WORDS, rows_}, Panels{values_, panels * LANES / Type::PER_WORD},
                        PanelRange{0, dim_panels_}, AddRows{sums_, factor_, dim_panels_ * LANES});
     }
@@ -192,16 +208,19 @@ class QueryBlock {
             }
     }
 
-    void pair_values(const Element* const (&keys)[BLOCK_KEYS], int64_t offset, int panels) {
+    void place_values(const Element* const (&keys)[BLOCK_KEYS], int64_t offset, int panels) {
         const int words = panels * LANES / Type::PER_WORD;
         for (int word = 0; word < words; ++word) {
             const Element* first = keys[word * Type::PER_WORD];
             const Element* second = keys[word * Type::PER_WORD + Type::PER_WORD - 1];
-            for (int panel = 0; panel < dim_panels_; ++panel) {
+            for (int panel = 0; panel < dim_panels_; panel += 2) {
                 const int64_t at = offset + panel * LANES;
-                const __m512i pair = pair_of(first ? first + at : nullptr, second ? second + at : nullptr,
-                                             lanes_of(head_dim_ - panel * LANES));
-                _mm512_storeu_si512(values_ + (panel * words + word) * LANES, pair);
+                __m512i pairs[2];
+                pair_values(first ? first + at : nullptr, second ? second + at : nullptr,
+                            head_dim_ - panel * LANES, pairs);
+                _mm512_storeu_si512(values_ + (panel * words + word) * LANES, pairs[0]);
+                if (panel + 1 < dim_panels_)
+                    _mm512_storeu_si512(values_ + ((panel + 1) * words + word) * LANES, pairs[1]);
             }
         }
     }
@@ -238,6 +257,8 @@ class QueryBlock {
         total_[row] = total_[row] * factor_[row] + _mm512_reduce_add_ps(sum);
     }
 
+    const Element* located_[2][BLOCK_KEYS];
+    bool first_ = true;
     int start_ = 0, group_ = 1, head_dim_ = 0, rows_ = 0, words_ = 0, dim_panels_ = 0;
     float greatest_[MAX_ROWS], total_[MAX_ROWS], factor_[MAX_ROWS];
     alignas(64) Word queries_[MAX_ROWS * MAX_HEAD_DIM];
