@@ -12,7 +12,7 @@ TOPOLOGY_OF = {
     "1p1d-nixl": None,  # the session's own
     "1p1d-mooncake": ("demo.yaml", "kv.transfer=mooncake"),
     "2p2d-nixl": ("2p2d.yaml",),
-    "2p2d-mooncake": ("2p2d.yaml", "kv.transfer=mooncake"),
+    "2p2d-mooncake-retracting": ("2p2d.yaml", "kv.transfer=mooncake", "decode.scheduling.retract_every_steps=5"),
     "unified": ("unified.yaml", "decode.cpus=[[1]]"),  # the clients need a core too
 }
 CONCURRENT = 8
