@@ -29,6 +29,8 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Dtype(str, Enum):
+    AUTO = "auto"
+    """bfloat16 where the device multiplies it in hardware, else float32."""
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
@@ -82,7 +84,7 @@ class LogLevel(str, Enum):
 class Model(Section, frozen=True):
     path: Text
     """A Hugging Face folder, a .gguf file, or the demo model's name."""
-    dtype: Dtype = Dtype.BFLOAT16
+    dtype: Dtype = Dtype.AUTO
     """Of weights, activations and KV cache."""
     name: Text | None = None
     """What clients call it; by default the last part of `path`."""

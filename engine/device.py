@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
+
+from cluster.config import Dtype
 
 ONEDNN_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 ONEDNN_CACHED = 256
 """Kernels that oneDNN keeps, a quarter of a megabyte each: more than steps use in turn, a quarter of its own choice."""
+
+BFLOAT16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Of x86 processors, and of ARM's."""
 
 
 def open_device(name: str, threads: int) -> torch.device:
@@ -17,3 +23,22 @@ def open_device(name: str, threads: int) -> torch.device:
     # oneDNN reads it when it makes its first kernel.
     os.environ.setdefault(ONEDNN_CACHE, str(ONEDNN_CACHED))
     return torch.device(name)
+
+
+def resolve_dtype(wanted: Dtype, device: torch.device) -> Dtype:
+    """`wanted`, or for `AUTO` the one that the device is fast in."""
+    if wanted is not Dtype.AUTO:
+        return wanted
+    if device.type == "cuda":
+        return Dtype.BFLOAT16 if torch.cuda.is_bf16_supported() else Dtype.FLOAT16
+    return Dtype.BFLOAT16 if processor_features() & BFLOAT16_FEATURES else Dtype.FLOAT32
+
+
+def processor_features() -> frozenset[str]:
+    """What the kernel says of the first processor; nothing on a machine without /proc/cpuinfo."""
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    line = next((line for line in described.splitlines() if line.startswith(("flags", "Features"))), "")
+    return frozenset(line.partition(":")[2].split())

@@ -23,7 +23,7 @@ from cluster.model_files import resolve_model
 from engine.batch import build_step
 from engine.commitment import Commitments
 from engine.decoders import make_decoder
-from engine.device import open_device
+from engine.device import open_device, resolve_dtype
 from engine.kv_cache import KVCache
 from engine.pacing import Pacing
 from engine.pages import Owner, OwnerKind, PageLedger
@@ -131,7 +131,7 @@ class Engine:
         )
         self.layout = KVLayout(
             model=files.weights.identity,
-            dtype=config.dtype.value,
+            dtype=resolve_dtype(config.dtype, device).value,
             page_size=config.page_size,
             layers=architecture.layers,
             kv_heads=architecture.kv_heads,

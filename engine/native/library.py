@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.errors import ConfigError
+from engine.device import processor_features
 
 SOURCES = Path(__file__).parent
 CACHE = Path(".cache", "baton")
@@ -78,7 +79,7 @@ def load() -> ctypes.CDLL:
 
     torch must be imported before.
     """
-    features = _processor()
+    features = processor_features()
     missing = sorted(NEEDED - features)
     if missing:
         raise NativeUnavailable(f"the native kernels need a processor with {', '.join(missing)}")
@@ -120,16 +121,6 @@ def _run(command: list[str]) -> str:
         complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
         raise NativeUnavailable(f"the native kernels don't compile: {' '.join(command[:2])} ...: {complaint}")
     return done.stdout
-
-
-def _processor() -> frozenset[str]:
-    """The features of the first processor; of a machine without /proc/cpuinfo, none."""
-    try:
-        described = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    flags = next((line for line in described.splitlines() if line.startswith("flags")), "")
-    return frozenset(flags.partition(":")[2].split())
 
 
 def _cache() -> Path:

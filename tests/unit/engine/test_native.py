@@ -202,7 +202,7 @@ def test_without_a_compiler_torch_computes(monkeypatch):
 
 
 def test_an_older_processor_is_refused_by_the_name_of_what_it_lacks(monkeypatch):
-    monkeypatch.setattr(library, "_processor", lambda: frozenset({"avx512f", "sse4_2"}))
+    monkeypatch.setattr(library, "processor_features", lambda: frozenset({"avx512f", "sse4_2"}))
     with pytest.raises(NativeUnavailable, match="a processor with avx512bw, avx512dq, avx512vl"):
         library.load()
 
