@@ -72,7 +72,7 @@ BY_HAND = {
     },
     "retraction": (FORCED,),
     "retraction, cache off": (FORCED, "kv.prefix_cache=false"),
-    "a pool that is too small": ("kv.pool_tokens=2560", "decode.scheduling.commit_quantile=0"),
+    "retraction, a pool for few": (FORCED, "kv.pool_tokens=2560"),
     "conservative": ("decode.scheduling.conservativeness=1",),
     "half conservative, delayed": (
         "decode.scheduling.conservativeness=0.5", "decode.scheduling.prefill_delay_seconds=0.2",

@@ -104,6 +104,15 @@ def test_a_mistake_in_the_file_is_pointed_at(write, text, message):
         ("kv: {page_size: !!python/name:os.system }", "kv.page_size: not a value: "),
         ("kv: {page_size: 2026-13-45}", "kv.page_size: not a value: month"),
         ("kv: {page_size: 64, pool_tokens: 63}", "kv.pool_tokens: 63 tokens don't fill one page of 64"),
+        (
+            "decode: {scheduling: {policy: fastest}}",
+            "decode.scheduling.policy: expected one of first_come, shortest_first, .*, found the text .fastest",
+        ),
+        ("decode: {scheduling: {conservativeness: 2}}", "decode.scheduling.conservativeness: .* from 0 to 1, found 2"),
+        (
+            "prefill: {scheduling: {conservativeness: 1}}",
+            "prefill.scheduling.conservativeness: unknown key; expected keys of prefill.scheduling: policy, ageing",
+        ),
         ("kv: {verify_digests: 1}", "kv.verify_digests: expected true or false, found 1"),
         ("kv: {transfer: tcp}", 'kv.transfer: expected one of nixl, mooncake, found the text "tcp"'),
         ("router: {port: 65536}", "router.port: expected a whole number from 0 to 65535, found 65536"),

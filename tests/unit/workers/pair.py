@@ -61,7 +61,13 @@ TINY_LLAMA = {
 
 
 def tiny_engine(
-    folder: Path, *, pool_pages: int = 64, max_running: int = 16, chunk_tokens: int = 16, prefix_cache: bool = True
+    folder: Path,
+    *,
+    pool_pages: int = 64,
+    max_running: int = 16,
+    chunk_tokens: int = 16,
+    prefix_cache: bool = True,
+    **scheduling,
 ) -> Engine:
     """Random weights, the same in each engine; pages of 4 tokens."""
     folder.mkdir(exist_ok=True)
@@ -77,6 +83,7 @@ def tiny_engine(
             max_running=max_running,
             chunk_tokens=chunk_tokens,
             prefix_cache=prefix_cache,
+            **scheduling,
         )
     )
 
