@@ -42,6 +42,15 @@ class ProcessTree:
                 total += process.memory_full_info().pss
         return total
 
+    def environment(self, member: str) -> dict[str, str]:
+        """What the processes of `member` were started with; where they differ, what the last one has."""
+        found: dict[str, str] = {}
+        for name, process in self._members():
+            if name == member:
+                with suppress(psutil.NoSuchProcess):
+                    found |= process.environ()
+        return found
+
     def pids(self) -> dict[str, int]:
         """The first process of each member: what the launcher itself started."""
         return {_member_name(child): child.pid for child in self._launcher.children()}

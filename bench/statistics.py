@@ -49,7 +49,13 @@ class Repeated(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Repeated | None:
-        return cls(median(values), min(values), max(values)) if values else None
+        """None for no values."""
+        return cls.over(values) if values else None
+
+    @classmethod
+    def over(cls, values: Sequence[float]) -> Repeated:
+        """Raises `ValueError` for no values."""
+        return cls(median(values), min(values), max(values))
 
 
 def repeated(rounds: Sequence[Mapping[str, float]], keys: Sequence[str]) -> dict[str, Repeated]:

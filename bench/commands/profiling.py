@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from bench.alone import Place
 from bench.commands.options import Cores, Out, Overrides, Seed, numbers, stay_on
 from bench.commands.plotting import plot_beside
 from bench.commands.terminal import console, publish
 from bench.contenders import RESULTS, SPLIT
-from bench.curves.alone import Place
 from bench.curves.decode import DecodeGrid, profile_decode
 from bench.curves.prefill import PrefillGrid, profile_prefill
 

@@ -19,8 +19,6 @@ class PrefillPoint(msgspec.Struct, frozen=True):
     prompts: int
     first_token_seconds: Repeated
     """From sending them to the last one's first token, at the client: over the runs."""
-    compute_seconds: Repeated | None
-    """In the worker, from the first chunk's start to the first token: the median prompt's, over the runs."""
 
 
 class DecodePoint(msgspec.Struct, frozen=True):
@@ -48,22 +46,20 @@ class PrefillCurve(msgspec.Struct, frozen=True, tag_field="kind", tag="prefill-c
 
     @property
     def page(self) -> Page:
-        headers = ["new tokens", "cached before", "prompts", "first token, ms", "computed in, ms", "new tok/s"]
+        headers = ["new tokens", "cached before", "prompts", "first token, ms", "new tok/s"]
         rows = [
             [
                 f"{point.new_tokens:,}",
                 f"{point.cached_tokens:,}",
                 str(point.prompts),
                 spread(point.first_token_seconds, _MILLI),
-                spread(point.compute_seconds, _MILLI),
                 number(point.new_tokens * point.prompts / point.first_token_seconds.median),
             ]
             for point in self.points
         ]
         notes = [
             _runs(self.cores, self.repeats),
-            "First token: after all prompts were sent, until each has one, at the client. "
-            "Computed in: the median prompt's time in the worker.",
+            "First token: after all prompts were sent, until each has one, at the client.",
         ]
         table = Table("Prefill", headers, rows)
         return Page("curve-prefill", f"One prefill worker alone, {self.model}", [table], notes)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from bench.curves.alone import Alone, Asked, Place, cores_of
+from bench.alone import Alone, Asked, Place, cores_of
 from bench.curves.curve import DecodeCurve, DecodePoint
 from bench.curves.together import while_all_decode
 from bench.machine import describe_setting

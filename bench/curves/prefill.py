@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from bench.curves.alone import Alone, Asked, Place, cores_of
+from bench.alone import Alone, Asked, Place, cores_of
 from bench.curves.curve import PrefillCurve, PrefillPoint
 from bench.machine import describe_setting
-from bench.records import Record
-from bench.statistics import Repeated, percentile
+from bench.statistics import Repeated
 from bench.workload import Prompts
 from cluster.topology import dump_topology
 
@@ -69,20 +68,14 @@ class _Runs:
 
     def point(self, new: int, cached: int, prompts: int, repeats: int) -> PrefillPoint:
         prefix = self._prefix(cached)
-        first, compute = [], []
+        taken = []
         # One run more than is counted: sizes that a worker meets for the first time may cost it more.
         for run in range(repeats + 1):
-            answers = self._alone.ask_with_records([self._request(prefix, new) for _ in range(prompts)])
-            if run == 0:
-                continue
-            sent = min(line.sent_at for line, _ in answers)
-            first.append(max(line.arrivals[0] for line, _ in answers) - sent)
-            seconds = [_compute_seconds(record) for _, record in answers]
-            known = [each for each in seconds if each is not None]
-            compute += [percentile(known, 50)] if known else []
-        waited = Repeated.of(first)
-        assert waited is not None, "at least one run is counted"
-        return PrefillPoint(new, len(prefix), prompts, waited, Repeated.of(compute))
+            answers = self._alone.ask([self._request(prefix, new) for _ in range(prompts)])
+            if run > 0:
+                sent = min(line.sent_at for line in answers)
+                taken.append(max(line.arrivals[0] for line in answers) - sent)
+        return PrefillPoint(new, len(prefix), prompts, Repeated.over(taken))
 
     def _prefix(self, tokens: int) -> list[int]:
         """Computed, and so cached, when this returns; whole pages only can be."""
@@ -97,10 +90,6 @@ class _Runs:
     def _request(self, prefix: list[int], new: int) -> Asked:
         self._number += 1
         return Asked(prefix + self._prompts.prompt("prefill", self._number, new), 1)
-
-
-def _compute_seconds(record: Record | None) -> float | None:
-    return record.prefill.compute_seconds if record is not None and record.prefill is not None else None
 
 
 def _line(point: PrefillPoint) -> str:

@@ -61,13 +61,13 @@ def curves():
         "setting": describe_setting(), "topology": "model: {}", "model": "tiny", "cores": [1], "repeats": 3, "seed": 0,
     }  # fmt: skip
     took = Repeated(0.25, 0.2, 0.3)
-    prefill = PrefillCurve(points=[PrefillPoint(500, 1024, 1, took, None)], **shared)
+    prefill = PrefillCurve(points=[PrefillPoint(500, 1024, 1, took)], **shared)
     return prefill, DecodeCurve(points=[DecodePoint(8, 256, 280, took)], **shared)
 
 
 def test_a_planner_reads_what_people_read(curves):
     prefill, decode = curves
-    assert "| 500 | 1,024 | 1 | 250 (200 to 300) | - | 2,000 |" in markdown(prefill.page, prefill.setting).splitlines()
+    assert "| 500 | 1,024 | 1 | 250 (200 to 300) | 2,000 |" in markdown(prefill.page, prefill.setting).splitlines()
     assert "| 8 | 256 | 280 | 250 (200 to 300) | 32.0 |" in markdown(decode.page, decode.setting).splitlines()
     for curve in curves:
         assert msgspec.json.decode(msgspec.json.encode(curve), type=PrefillCurve | DecodeCurve) == curve
