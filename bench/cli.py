@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from bench.commands.chatting import chat_command
 from bench.commands.comparing import compare_command
 from bench.commands.engine import engine_command
 from bench.commands.goodput import goodput_command
@@ -17,6 +18,7 @@ from bench.commands.terminal import console
 from cluster.errors import BatonError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command("chat")(chat_command)
 app.command("compare")(compare_command)
 app.command("engine")(engine_command)
 app.command("goodput")(goodput_command)

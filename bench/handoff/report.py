@@ -40,7 +40,7 @@ class HandoffReport(msgspec.Struct, frozen=True, tag_field="kind", tag="handoff"
         tables = [self._bandwidths(), self._times(), targets_table(self.targets)]
         notes = [
             "Medians (least to most), on a cluster that does nothing else; GB are 10^9 bytes.",
-            "Bandwidth: all pages in one batch, as the prompt is one chunk. Baton's time is that with a write under way.",
+            "Bandwidth: all pages in one batch, as the prompt is one chunk. Baton's time: with a write under way.",
             "The bare engine: two processes on the workers' cores with the workers' environment, pages of random "
             "places, descriptors prepared; it took turns with the cluster. memcpy is within one process.",
             "Exposed: from the last chunk's end until decode has taken over and its word has come back. Tail: the part "
