@@ -14,11 +14,12 @@ STAMP := $(VENV)/.baton-setup
 LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-gpu test-soak bench peers bench-peers docs clean
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-gpu test-soak bench bench-handoff bench-chat bench-profile \
+	setup-bench peers bench-peers docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/\1|\2/' \
-		| while IFS='|' read -r target text; do printf '  make %-11s %s\n' "$$target" "$$text"; done
+		| while IFS='|' read -r target text; do printf '  make %-13s %s\n' "$$target" "$$text"; done
 
 setup: $(STAMP)  ## make .venv with the locked dependencies, the demo model and Baton itself
 
@@ -43,6 +44,9 @@ setup-gpu: setup  ## add what a machine with NVIDIA GPUs needs
 
 setup-ray: setup  ## add Ray, for clusters of many machines
 	$(PIP) install $(PIP_FLAGS) -r requirements/ray.txt
+
+setup-bench: setup  ## add matplotlib, for the pictures of `make bench` and `make bench-profile`
+	$(PIP) install $(PIP_FLAGS) -r requirements/bench.txt
 
 lock: setup  ## resolve requirements/cpu.lock anew, for all Python versions, after a change of pyproject.toml
 	$(PIP) install --quiet uv
@@ -82,8 +86,19 @@ test-gpu: setup  ## the tests that need an NVIDIA GPU
 	elif ! test -d tests/gpu; then echo "There are no GPU tests yet."; \
 	else $(BIN)/pytest tests/gpu $(ARGS); fi
 
-bench: setup  ## 1 prefill + 1 decode worker beside a unified worker, under the same load on the same cores
+bench: setup  ## 1 prefill + 1 decode worker against the best unified cluster: mixed load, goodput, picture (25 minutes)
 	$(BIN)/python -m bench compare $(ARGS)
+	$(BIN)/python -m bench goodput $(ARGS)
+
+bench-handoff: setup  ## handoff of KV pages against a bare loop over NIXL and Mooncake (3 minutes)
+	$(BIN)/python -m bench handoff $(ARGS)
+
+bench-chat: setup  ## conversations, turn by turn (2 minutes)
+	$(BIN)/python -m bench chat $(ARGS)
+
+bench-profile: setup  ## one worker alone, over prompt lengths, batches and contexts: the planner's curves (8 minutes)
+	$(BIN)/python -m bench profile-prefill $(ARGS)
+	$(BIN)/python -m bench profile-decode $(ARGS)
 
 PEERS := $(foreach peer,vllm llama transformers,$(BATON_PEERS)/$(peer)/.installed)
 # llama.cpp is built for this machine's processor; its web page is left out, for it would be fetched from elsewhere.
