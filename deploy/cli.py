@@ -129,8 +129,10 @@ def explain(
             record = await client.record(request)
         if as_json:
             print(msgspec.json.encode(record).decode())
-        else:
-            _console().print(waterfall(record))
+            return
+        _console().print(waterfall(record))
+        if record.total_seconds is None:
+            print("it is still under way: the workers tell their part at its end")
 
     asyncio.run(ask())
 

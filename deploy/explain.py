@@ -11,7 +11,7 @@ from rich.text import Text
 from cluster.messages import DecodeTimings, HandoffTimings, PrefillTimings
 from deploy.cluster_client import RequestRecord
 
-BAR_WIDTH = 36
+BAR_WIDTH = 32
 _BAR = "█"
 _MARK = "▏"
 
@@ -62,8 +62,8 @@ def _until_first_token(record: RequestRecord, prefill: PrefillTimings) -> Iterat
     parts = record.first_token
     begun = None
     if parts is not None:
-        tokenizing = f"{milliseconds(parts.tokenize)} of it for {record.prompt_tokens} tokens' text"
-        yield Stage("router", 0.0, parts.router, f"read, tokenized, placed; {tokenizing}")
+        what = f"read, tokenized ({milliseconds(parts.tokenize)}), placed"
+        yield Stage("router", 0.0, parts.router, what)
         yield Stage("network", parts.router, parts.network, f"to {where} and back")
         yield Stage("queue", parts.router + parts.network, parts.queue, f"on {where}")
         begun = parts.router + parts.network + parts.queue
@@ -74,10 +74,10 @@ def _until_first_token(record: RequestRecord, prefill: PrefillTimings) -> Iterat
     yield Stage("prefill", begun, prefill.compute_seconds, what)
     if record.handoff is not None:
         waited = record.decode.lease_seconds if record.decode else 0.0
-        what = f"pages granted by {record.decode_worker}, whose own queue for pages took {milliseconds(waited)}"
+        what = f"pages of {record.decode_worker}, {milliseconds(waited)} in its queue for them"
         yield Stage("  grant", begun, record.handoff.grant_wait_seconds, what)
     if parts is not None and begun is not None:
-        yield Stage("rest", begun + parts.prefill, parts.rest, "of the token's way, beyond the network's above")
+        yield Stage("rest", begun + parts.prefill, parts.rest, "the token's own way, beyond that of the first word")
 
 
 def _handoff(record: RequestRecord, handoff: HandoffTimings, prefill: PrefillTimings | None) -> Iterator[Stage]:
@@ -89,8 +89,8 @@ def _handoff(record: RequestRecord, handoff: HandoffTimings, prefill: PrefillTim
     size = f"{handoff.pages} pages, {handoff.bytes / 1e6:.2f} MB in {batches}{rate}, to {record.decode_worker}"
     yield Stage("handoff", None, handoff.write_seconds, size + skipped)
     computing = prefill.compute_seconds if prefill is not None else 0.0
-    share = f", {handoff.exposed_seconds / computing:.1%} of the prefill's time" if computing > 0 else ""
-    yield Stage("  exposed", start, handoff.exposed_seconds, f"last chunk computed until acknowledged{share}")
+    share = f", {handoff.exposed_seconds / computing:.1%} of prefill" if computing > 0 else ""
+    yield Stage("  exposed", start, handoff.exposed_seconds, f"last chunk computed until ACK{share}")
     yield Stage("    pages", start, handoff.tail_seconds, "the last of them written")
     verified = record.decode.verify_seconds if record.decode else 0.0
     messages = max(0.0, handoff.exposed_seconds - handoff.tail_seconds - verified)
@@ -108,10 +108,9 @@ def _decode(record: RequestRecord, decode: DecodeTimings, first_token: float) ->
     start = first_token + (second or 0.0)
     gaps, pace = record.inter_token_seconds, ""
     if gaps is not None and gaps.p50 is not None and gaps.p99 is not None:
-        pace = f"; between tokens {milliseconds(gaps.p50)} p50, {milliseconds(gaps.p99)} p99"
+        pace = f"; gaps {milliseconds(gaps.p50)} p50, {milliseconds(gaps.p99)} p99"
     mean = decode.batch_sum / decode.steps
-    batch = f"in batches of {mean:.1f} (mean), {decode.batch_max} (most)"
-    what = f"{_count(decode.steps, 'step')} {batch}{pace}, on {record.decode_worker}"
+    what = f"{_count(decode.steps, 'step')}, batch {mean:.1f}, at most {decode.batch_max}{pace}"
     yield Stage("decode", start, max(0.0, record.total_seconds - start), what)
 
 

@@ -60,15 +60,15 @@ def printed(record) -> list[str]:
 def test_a_handed_over_request_is_told_stage_by_stage():
     lines = printed(HANDED_OVER)
     for expected in (
-        "router 25.0 ms read, tokenized, placed; 10.0 ms of it for 110 tokens' text",
+        "router 25.0 ms read, tokenized (10.0 ms), placed",
         "network 4.0 ms to prefill-0 and back",
         "queue 20.0 ms on prefill-0",
         "prefill 100.0 ms 100 tokens in 2 chunks, 10 cached, 1,000 tok/s, on prefill-0",
-        "grant 2.0 ms pages granted by decode-0, whose own queue for pages took 1.5 ms",
-        "rest 1.0 ms of the token's way, beyond the network's above",
+        "grant 2.0 ms pages of decode-0, 1.5 ms in its queue for them",
+        "rest 1.0 ms the token's own way, beyond that of the first word",
         "first token 0.0 ms 150.0 ms after the request's arrival",
         "handoff 2.0 ms 7 pages, 4.00 MB in 2 batches, 2 GB/s, to decode-0; 3 more were there already",
-        "exposed 3.0 ms last chunk computed until acknowledged, 3.0% of the prefill's time",
+        "exposed 3.0 ms last chunk computed until ACK, 3.0% of prefill",
         "pages 1.0 ms the last of them written",
         "messages 1.5 ms DONE there, ACK back",
         "verified 0.5 ms digests compared",
@@ -77,7 +77,7 @@ def test_a_handed_over_request_is_told_stage_by_stage():
     ):
         assert expected in lines
     (decode,) = [line for line in lines if line.startswith("decode ")]
-    assert "39 steps in batches of 2.0 (mean), 4 (most); between tokens 40.0 ms p50, 60.0 ms p99" in decode
+    assert "39 steps, batch 2.0, at most 4; gaps 40.0 ms p50, 60.0 ms p99" in decode
 
 
 def test_the_parts_until_the_first_token_add_up_to_it():
