@@ -77,7 +77,7 @@ test: setup  ## all tests that need no GPU
 test-unit: setup  ## the tests that take seconds
 	$(BIN)/pytest tests/unit $(ARGS)
 
-test-soak: setup  ## thousands of requests: does memory grow? (minutes)
+test-soak: setup  ## thousands of requests, many of whose clients leave: is anything left? (minutes)
 	$(BIN)/pytest tests/process -m soak $(ARGS)
 
 test-gpu: setup  ## the tests that need an NVIDIA GPU
