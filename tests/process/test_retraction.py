@@ -5,6 +5,7 @@ That a cluster with two pools gives the reference's tokens while it retracts is 
 
 import asyncio
 
+import aiohttp
 import pytest
 
 from bench.cluster import Cluster
@@ -71,7 +72,7 @@ BY_HAND = {
         for policy in ("shortest_first", "longest_first", "longest_prefix", "priority")
     },
     "retraction": (FORCED,),
-    "retraction, cache off": (FORCED, "kv.prefix_cache=false"),
+    "retraction, cache off": ("decode.scheduling.retract_every_steps=10", "kv.prefix_cache=false"),
     "retraction, a pool for few": (FORCED, "kv.pool_tokens=2560"),
     "conservative": ("decode.scheduling.conservativeness=1",),
     "half conservative, delayed": (
@@ -84,16 +85,18 @@ BY_HAND = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", BY_HAND)
 @pytest.mark.parametrize("topology", TOPOLOGY_OF)
-async def test_every_case_in_every_mode(topology, mode, http, reference, tmp_path):
+async def test_every_case_in_every_mode(topology, mode, reference, tmp_path):
     file, *settings = TOPOLOGY_OF[topology]
+    patient = aiohttp.ClientTimeout(total=None)  # chunks of 16, or all to be computed again, take their time
     with Cluster(TOPOLOGIES / file, (*FLOAT32, *settings, *BY_HAND[mode]), tmp_path) as started:
-        api, turn = Api(http, started.url), asyncio.Semaphore(8)
+        async with aiohttp.ClientSession(timeout=patient) as session:
+            api, turn = Api(session, started.url), asyncio.Semaphore(8)
 
-        async def tokens(case):
-            async with turn:
-                return (await ask(api, case)).tokens
+            async def tokens(case):
+                async with turn:
+                    return (await ask(api, case)).tokens
 
-        answers = await asyncio.gather(*(tokens(case) for case in reference.cases))
+            answers = await asyncio.gather(*(tokens(case) for case in reference.cases))
         wrong = [case.name for case, answer in zip(reference.cases, answers, strict=True) if answer != case.expected]
         assert wrong == []
         started.wait_idle()
