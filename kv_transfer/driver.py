@@ -130,6 +130,8 @@ class _Write:
     handle: WriteHandle
     digests: tuple[int, ...]
     started: float
+    ended: float | None
+    """None if it was under way when its digests were computed."""
 
 
 @dataclass
@@ -206,8 +208,9 @@ class TransferDriver:
         except (AvailabilityError, ProtocolError) as error:
             return [WritesEnded(command.fence, batch, error, (), started, self._clock.now())]
         peer.in_flight += 1
-        # After the post, so that an engine with a NIC moves the bytes meanwhile.
-        self._writes.append(_Write(command, handle, self._digests(batch.sources), started))
+        # An engine that moves the bytes inside of the call is done by now; one with a NIC moves them meanwhile.
+        ended = None if handle.poll() is WriteState.PENDING else self._clock.now()
+        self._writes.append(_Write(command, handle, self._digests(batch.sources), started, ended))
         return []
 
     def _poll_writes(self) -> list[Result]:
@@ -221,11 +224,9 @@ class TransferDriver:
             failed = state is WriteState.FAILED
             self._ended(write.command.peer, failed=failed)
             error = PeerUnreachable(f"the write to {write.command.peer} failed") if failed else None
-            results.append(
-                WritesEnded(
-                    write.command.fence, write.command.batch, error, write.digests, write.started, self._clock.now()
-                )
-            )
+            ended = self._clock.now() if write.ended is None else write.ended
+            command = write.command
+            results.append(WritesEnded(command.fence, command.batch, error, write.digests, write.started, ended))
         return results
 
     def _ended(self, name: str, *, failed: bool) -> None:

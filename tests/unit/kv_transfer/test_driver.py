@@ -56,6 +56,19 @@ def test_a_write_ends_with_its_times_and_the_digests_of_what_was_sent(setup):
     assert not setup.driver.busy
 
 
+def test_digests_are_no_part_of_the_time_of_a_write_that_ends_in_the_call(setup):
+    class Slow:
+        def of(self, pages):
+            setup.clock.advance(1.0)
+            return [0 for _ in pages]
+
+    driver = TransferDriver(setup.backend, Slow(), setup.clock)
+    driver.take(Connect("peer", setup.peer.descriptor))
+    assert driver.take(setup.write()) == []
+    (ended,) = driver.turn()
+    assert (ended.error, ended.started, ended.ended, setup.clock.now()) == (None, 0.0, 0.0, 1.0)
+
+
 def test_an_unknown_peer_or_a_bad_page_is_a_result_and_not_an_exception(setup):
     (unknown,) = setup.driver.take(PostWrites(fence(), "stranger", Batch(0, (1,), (2,))))
     assert isinstance(unknown.error, PeerUnreachable)
