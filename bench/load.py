@@ -80,9 +80,9 @@ class LoadGenerator:
         return observed
 
     async def _read_on(self, index: int, steady: Steady) -> None:
-        """One steady stream. The first answers are of different lengths, so that the streams do not end in step."""
+        """One steady stream."""
         number = 0
-        tokens = max(1, steady.output_tokens * (index + 1) // steady.streams)
+        tokens = steady.first_output_tokens(index)
         while True:
             prompt = self._prompts.prompt(f"steady-{index}", number, steady.prompt_tokens)
             timeline = await self._ask(SHORT, prompt, tokens)

@@ -19,6 +19,10 @@ class Steady(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     output_tokens: int
 
+    def first_output_tokens(self, stream: int) -> int:
+        """Length of a stream's first answer, other for each: else the streams would go on in step."""
+        return max(1, self.output_tokens * (stream + 1) // self.streams)
+
 
 class Arrivals(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that come at fixed times, whether earlier ones are answered or not."""

@@ -29,13 +29,13 @@ from cluster.errors import ConfigError
 PROGRAMS: Mapping[str, Callable[[Place, Sequence[str]], Program]] = MappingProxyType(
     {"vllm": vllm, "llama": llama, "transformers": huggingface}
 )
+BATON = "baton"
+"""Stands for all clusters."""
 
 
 def peers_command(
-    only: Annotated[str, typer.Option(help=f"Some of baton, {', '.join(PROGRAMS)}, with commas.")] = "",
-    topology: Annotated[
-        list[Path] | None, typer.Option(help="Of Baton. Default: 1P1D, and unified with one worker and with two.")
-    ] = None,
+    only: Annotated[str, typer.Option(help="Some contenders, with commas; `baton` is all clusters.")] = "",
+    topology: Annotated[list[Path] | None, typer.Option(help="Clusters that take part in place of ours.")] = None,
     settings: Overrides = None,
     arguments: Annotated[
         list[str] | None, typer.Option("--with", metavar="PEER=ARGUMENTS", help="Further arguments of a peer.")
@@ -53,11 +53,8 @@ def peers_command(
     """Runs Baton and its peers in turns under the same load, on the same cores, and prints what each gave."""
     stay_on(cores)
     place = Place(folder.absolute())
-    shapes = [named(each, settings or ()) for each in topology] if topology else _shapes(settings or ())
-    chosen = _chosen(only)
-    added = _arguments(arguments or ())
-    peers: list[Peer] = [Baton(shape) for shape in shapes] if "baton" in chosen else []
-    peers += [make(place, added.get(name, ())) for name, make in PROGRAMS.items() if name in chosen]
+    clusters = [named(each, settings or ()) for each in topology or ()] or _clusters(settings or ())
+    peers = _contenders(only, clusters, place, _arguments(arguments or ()))
     for peer in peers:
         peer.check()
     words = words_of(place.huggingface_model / "tokenizer.json")
@@ -77,16 +74,22 @@ def peers_command(
     publish(report, out)
 
 
-def _shapes(settings: Sequence[str]) -> list[Contender]:
+def _clusters(settings: Sequence[str]) -> list[Contender]:
+    """What two cores may be used for: a phase each, one worker with both, a worker each."""
     return [split(settings), *unified_shapes(settings)]
 
 
-def _chosen(only: str) -> set[str]:
-    known = ("baton", *PROGRAMS)
-    chosen = {word.strip() for word in only.split(",")} if only else set(known)
-    if not chosen <= set(known):
-        raise ConfigError(f"--only {only}: expected some of {', '.join(known)}")
-    return chosen
+def _contenders(
+    only: str, clusters: Sequence[Contender], place: Place, arguments: Mapping[str, Sequence[str]]
+) -> list[Peer]:
+    """Those that `only` names, or all. A cluster goes by the last word of its name."""
+    batons: dict[str, Peer] = {each.name.split()[-1]: Baton(each) for each in clusters}
+    programs: dict[str, Peer] = {name: make(place, arguments.get(name, ())) for name, make in PROGRAMS.items()}
+    known = batons | programs
+    chosen = [word.strip() for word in only.split(",")] if only else list(known)
+    if not set(chosen) <= {BATON, *known}:
+        raise ConfigError(f"--only {only}: expected some of {', '.join([BATON, *known])}")
+    return [peer for name, peer in known.items() if name in chosen or (BATON in chosen and name in batons)]
 
 
 def _arguments(texts: Sequence[str]) -> dict[str, list[str]]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from bench.contenders import REPOSITORY
 from bench.processes import ProcessTree
+
+
+def shown(words: Sequence[str]) -> str:
+    """A command for people to repeat in the repository's root."""
+    return shlex.join([word.replace(f"{REPOSITORY}/", "") for word in words])
 
 
 class Card(msgspec.Struct, frozen=True):

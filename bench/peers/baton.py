@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from bench.client import OPTIONS
 from bench.cluster import Cluster
 from bench.contenders import Contender
-from bench.peers.base import Card, Endpoint
+from bench.peers.base import Card, Endpoint, shown
 
 USAGE = {"stream_options": {"include_usage": True}}
 
@@ -25,7 +24,7 @@ class Baton:
     @property
     def card(self) -> Card:
         settings = [word for setting in self.contender.settings for word in ("--set", setting)]
-        command = shlex.join(["baton", "up", str(self.contender.topology), *settings])
+        command = shown(["baton", "up", str(self.contender.topology), *settings])
         # The versions of all that it runs on are the setting's.
         return Card(f"Baton {self.contender.name}", command, {}, ours=True)
 

@@ -44,8 +44,8 @@ def level(streams: int, prompt_tokens: int, output_tokens: int, pace: float = 1.
         name=f"peers-{streams}",
         steady=Steady(streams=streams, prompt_tokens=prompt_tokens, output_tokens=output_tokens),
         long=None,
-        warm_up_seconds=pace * (1 + streams / 5),
-        seconds=pace * (6 + streams / 4),
+        warm_up_seconds=pace * (1 + streams / 6),
+        seconds=pace * (5 + streams / 5),
     )
 
 
@@ -77,21 +77,29 @@ def run_match(
 
 
 def deviations(observed: Observed, steady: Steady) -> list[str]:
-    """What makes a contender's work another than the others': of each request that was sent in the window and ended,
-    how it was not `prompt_tokens` read afresh and `output_tokens` written."""
-    ended = [line for line in observed.sent(SHORT) if line.ended_at is not None and line.error is None]
+    """What makes a contender's work another than the others': how each request that ended was not `prompt_tokens` read
+    afresh and `output_tokens` written, or as many as a stream's first answer has."""
+    ended = [line for line in observed.timelines if line.ended_at is not None and line.error is None]
     if not ended:
-        return ["no request was sent and answered in the window: nothing shows what its tokens are"]
-    return [words for line in ended for words in _deviation(line, steady)]
+        return ["no request was answered: nothing shows what its tokens are"]
+    first = {steady.first_output_tokens(stream) for stream in range(steady.streams)}
+    return [
+        words
+        for line in ended
+        for words in _deviation(
+            line, steady.prompt_tokens, {steady.output_tokens} if line.sent_at >= observed.start else first
+        )
+    ]
 
 
-def _deviation(line: Timeline, steady: Steady) -> list[str]:
-    if line.usage is None:
+def _deviation(line: Timeline, prompt_tokens: int, output_tokens: set[int]) -> list[str]:
+    usage = line.usage
+    if usage is None:
         return ["a request ended without usage"]
-    done = (line.usage.prompt_tokens, line.usage.cached_tokens, line.usage.completion_tokens, line.tokens)
-    if done == (steady.prompt_tokens, 0, steady.output_tokens, steady.output_tokens):
+    told = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, line.tokens)
+    if told[:2] == (prompt_tokens, 0) and usage.completion_tokens == line.tokens and line.tokens in output_tokens:
         return []
-    return ["a request read {} tokens, {} of them cached, and wrote {}, of which {} came".format(*done)]
+    return ["a request read {} tokens, {} of them cached, and wrote {}, of which {} came".format(*told)]
 
 
 async def _play_levels(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import subprocess
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import psutil
 
 from bench.cluster import free_ports, get
-from bench.peers.base import Card, Endpoint
+from bench.peers.base import Card, Endpoint, shown
 from bench.processes import ProcessTree
 from cluster.errors import ConfigError, LaunchError
 
@@ -57,7 +56,7 @@ class Program:
 
     @property
     def card(self) -> Card:
-        return Card(self.name, shlex.join(self.words), installed(self.environment, self.packages))
+        return Card(self.name, shown(self.words), installed(self.environment, self.packages))
 
     def check(self) -> None:
         missing = [path for path in (Path(self.command[0]), *self.needs) if not path.exists()]

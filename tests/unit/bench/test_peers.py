@@ -28,6 +28,7 @@ from bench.workload import Steady
 from cluster.errors import ConfigError
 
 STEADY = Steady(streams=1, prompt_tokens=256, output_tokens=64)
+STEADY_OF_EIGHT = Steady(streams=8, prompt_tokens=256, output_tokens=64)
 
 
 def answered(prompt=256, cached=0, written=64, came=64, **more):
@@ -50,6 +51,11 @@ def test_other_work_than_that_of_all_is_told(line, words):
     assert deviations(Observed([answered()], 0.0, 9.0), STEADY) == []
     (found,) = deviations(Observed([answered(), line], 0.0, 9.0), STEADY)
     assert words in found
+
+
+def test_first_answers_are_shorter_but_not_just_any():
+    assert deviations(Observed([answered(written=8, came=8)], 1.5, 9.0), STEADY_OF_EIGHT) == []
+    assert deviations(Observed([answered(written=9, came=9)], 1.5, 9.0), STEADY_OF_EIGHT) != []
 
 
 def test_work_that_nothing_shows_is_told():
@@ -139,7 +145,7 @@ def test_baton_alone_has_no_peer_to_be_compared_with():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "baton,tgi"], "expected some of baton, vllm, llama, transformers"),
+        (["--only", "baton,tgi"], "expected some of baton, 1P1D, 1x2, 2x1, vllm, llama, transformers"),
         (["--with", "tgi=--fast"], "expected PEER=ARGUMENTS"),
         (["--only", "llama", "--peers", "/nowhere"], "run `make peers`"),
     ],
