@@ -15,6 +15,7 @@ from engine.kv_cache import KVCache
 from engine.model_config import ModelConfig
 from engine.native.library import LayerPointers, NativeUnavailable, Shape, StepPointers, load
 from engine.native.packing import WORD_BYTES, packed, packed_pairs, paired_bias
+from engine.profiling import traced
 from engine.rope import RotaryEmbedding
 from engine.weights.base import Weights
 from engine.weights.layers import LayerWeights, read_layer
@@ -73,10 +74,12 @@ class NativeDecoder:
         placed = self._place(step)
         shape, arguments = self._arguments
         for layer in self._layers:
-            self._compute_layer(shape, layer, arguments)
+            with traced("native layer"):
+                self._compute_layer(shape, layer, arguments)
             between_layers()
         del placed
-        return self._logits_of(hidden, step)
+        with traced("native logits"):
+            return self._logits_of(hidden, step)
 
     def warm_up(self, page: int, rows: int, running: int, context: int) -> None:
         """Nothing is made per size but the buffers."""
