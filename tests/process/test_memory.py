@@ -11,6 +11,8 @@ from tests.process.conftest import TOPOLOGIES
 from tests.process.visitors import moments_of_leaving, plan_visit, play_all
 
 GROWTH = 1.05
+GROWTH_OF_A_SOAK = 1.02
+"""After a quarter of it: 0.4% were seen."""
 CONCURRENT = 24
 SEED = 20_261_120
 VISITS = {"nixl": 2000, "mooncake": 500}
@@ -35,11 +37,11 @@ async def serve(api, reference, requests):
     await asyncio.gather(*(one(number) for number in range(requests)))
 
 
-def assert_no_growth(before, after):
+def assert_no_growth(before, after, most=GROWTH):
     assert after.keys() == before.keys(), "a process was replaced"
     grown = {name: round(after[name] / before[name], 4) for name in before}
     print(f"resident memory, after / before: {grown}")
-    assert all(ratio < GROWTH for ratio in grown.values()), grown
+    assert all(ratio < most for ratio in grown.values()), grown
 
 
 @pytest.mark.timeout(300)
@@ -75,7 +77,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(transfer, v
     before = visited_cluster.tree.resident_bytes()
     await play_all(api, visits[cut:], AT_ONCE)
     visited_cluster.wait_idle()
-    assert_no_growth(before, visited_cluster.tree.resident_bytes())
+    assert_no_growth(before, visited_cluster.tree.resident_bytes(), GROWTH_OF_A_SOAK)
     moments = await moments_of_leaving(api, visits)
     print(f"{len(visits)} visits; left: {dict(moments)}")
     assert set(moments) == {"before placement", "queue", "prefill", "handoff", "decode"}
