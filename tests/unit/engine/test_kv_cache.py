@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -39,3 +42,17 @@ def test_clear_empties_the_named_pages_only():
 def test_a_pool_that_the_machine_has_no_memory_for_is_refused_with_what_fits():
     with pytest.raises(ConfigError, match=r"kv\.pool_tokens: .* GiB left: at most \d+ tokens fit"):
         KVCache(LAYOUT, 1 << 40, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_the_pool_asks_for_huge_pages():
+    cache = KVCache(LAYOUT, 5, torch.device("cpu"))
+    mapping = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ")
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := mapping.match(line):
+            inside = int(found[1], 16) <= cache.address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            assert "hg" in line.split()
+            return
+    pytest.fail("the pool is in no mapping of this process")
