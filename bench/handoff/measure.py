@@ -100,7 +100,7 @@ def _bandwidth(settings: Sequence[str], prompt_tokens: int, repeats: int, seed: 
             found = [handoff for _, handoff in handoffs.run(-(-repeats // ROUNDS))]
             baton += [each.bytes / each.write_seconds / _GIGA for each in found]
             middle = found[-1]
-            page_bytes, batches = middle.bytes // middle.pages, _split(middle.pages, middle.batches)
+            page_bytes, batches = middle.bytes // middle.pages, split_evenly(middle.pages, middle.batches)
             writer, reader = _ends(topology, page_bytes)
             taken = measure_bare(writer, reader, batches, -(-repeats // ROUNDS), environment, seed + number)
             bare += [middle.bytes / seconds / _GIGA for seconds in taken]
@@ -150,6 +150,6 @@ def _ends(topology: Topology, page_bytes: int) -> tuple[Start, Start]:
     return writer, Start(transfer, pages, page_bytes, cores_of(topology.decode.cpus))
 
 
-def _split(pages: int, batches: int) -> list[int]:
+def split_evenly(pages: int, batches: int) -> list[int]:
     """So many batches, as even as can be."""
     return [pages * (index + 1) // batches - pages * index // batches for index in range(batches)]
