@@ -26,7 +26,7 @@ class Baton:
         settings = [word for setting in self.contender.settings for word in ("--set", setting)]
         command = shown(["baton", "up", str(self.contender.topology), *settings])
         # The versions of all that it runs on are the setting's.
-        return Card(f"Baton {self.contender.name}", command, {}, ours=True)
+        return Card(f"Baton {self.contender.name.removeprefix('unified ')}", command, {}, ours=True)
 
     def check(self) -> None:
         """`make setup` has installed all that it needs."""

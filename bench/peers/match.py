@@ -68,11 +68,9 @@ def run_match(
             card, begun = peer.card, time.monotonic()
             with peer.serve(log_dir / f"{card.name}-{number}") as endpoint:
                 tell(f"round {number + 1} of {rounds}: {card.name} is up after {time.monotonic() - begun:.0f} s")
-                measured = asyncio.run(_play_levels(card, endpoint, levels, words, seed + number))
+                measured = asyncio.run(_play_levels(card, endpoint, levels, words, seed + number, tell))
             for streams, measurement in measured.items():
                 found[streams, card.name].append(measurement)
-                rate = measurement.figures.get("output_tokens_per_second", 0.0)
-                tell(f"  {streams:>3} at a time: {rate:.0f} tok/s" + _first(measurement.errors))
     return [_standing(name, streams, measured) for (streams, name), measured in found.items()]
 
 
@@ -103,7 +101,12 @@ def _deviation(line: Timeline, prompt_tokens: int, output_tokens: set[int]) -> l
 
 
 async def _play_levels(
-    card: Card, endpoint: Endpoint, levels: Sequence[Workload], words: Words, seed: int
+    card: Card,
+    endpoint: Endpoint,
+    levels: Sequence[Workload],
+    words: Words,
+    seed: int,
+    tell: Callable[[str], None],
 ) -> Mapping[int, Measurement]:
     """One measurement for each level, by its streams."""
     found = {}
@@ -124,6 +127,7 @@ async def _play_levels(
             await _first_answer(card, client, prompts, workload.steady)
             await _settle(endpoint.tree)
             found[streams] = _measured(await play(workload, client, prompts, endpoint.tree), workload.steady)
+            tell(f"  {streams:>3} at a time: {_summary(found[streams])}")
     return found
 
 
@@ -162,5 +166,7 @@ def _standing(name: str, streams: int, rounds: list[Measurement]) -> Standing:
     return Standing(name, streams, rounds, repeated([each.figures for each in rounds], keys))
 
 
-def _first(errors: Sequence[str]) -> str:
-    return f" ({len(errors)} errors, the first: {errors[0]})" if errors else ""
+def _summary(found: Measurement) -> str:
+    rate = found.figures["output_tokens_per_second"]
+    errors = f" ({len(found.errors)} errors, the first: {found.errors[0]})" if found.errors else ""
+    return f"{rate:.0f} tok/s, others {found.others_share:.0%}{errors}"

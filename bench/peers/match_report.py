@@ -13,13 +13,13 @@ from bench.targets import Target, at_least, targets_table
 
 OUTPUT = "output_tokens_per_second"
 COLUMNS = (
-    (OUTPUT, "output tok/s"),
-    ("ttft_short_p50", "TTFT p50 ms"),
-    ("ttft_short_p99", "TTFT p99 ms"),
-    ("inter_token_p50", "gap p50 ms"),
-    ("inter_token_p99", "gap p99 ms"),
-    ("cpu_per_thousand_tokens", "CPU s/1k tok"),
-    (MEMORY, "memory GiB"),
+    (OUTPUT, "output"),
+    ("ttft_short_p50", "TTFT p50"),
+    ("ttft_short_p99", "p99"),
+    ("inter_token_p50", "gap p50"),
+    ("inter_token_p99", "p99"),
+    ("cpu_per_thousand_tokens", "CPU"),
+    (MEMORY, "memory"),
 )
 LEAST_ALONE = 0.9
 LEAST_TOGETHER = 1.0
@@ -92,7 +92,7 @@ class MatchReport(msgspec.Struct, frozen=True, tag_field="kind", tag="peers"):
     def _table(self, streams: int) -> Table:
         return Table(
             f"{streams} at a time",
-            ["", COLUMNS[0][1], "/ best peer", *[label for _, label in COLUMNS[1:]]],
+            ["", COLUMNS[0][1], "/ best", *[label for _, label in COLUMNS[1:]]],
             [
                 [
                     standing.name,
@@ -112,10 +112,12 @@ class MatchReport(msgspec.Struct, frozen=True, tag_field="kind", tag="peers"):
             *disturbed,
             f"Medians of {self.rounds} rounds (least to most); all took turns on the same cores, with the load: same "
             "weights in bfloat16, same prompts (no two begin alike), all answers of full length.",
-            f"Output counts while prompts are computed, too. Errors: {errors}.",
+            "Output: tokens a second, while prompts are computed, too; beside it, the same over the best peer's.",
+            "TTFT, and gap between two successive chunks that carry tokens: ms, at the client.",
+            "CPU: seconds per 1,000 tokens of output; memory: GiB, under load, what processes share counts once; both are of "
+            "all processes of a contender.",
+            f"Errors: {errors}.",
             f"Percentiles: {self.percentiles}.",
-            "Gap: between two successive chunks that carry tokens, at the client. "
-            "Memory: of all processes of a contender, under load; what they share counts once.",
             *[f"- {_described(card)}" for card in self.contenders],
         ]
 
