@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from bench.compare import Comparison, Result
+from bench.compare import STEADIEST, Comparison, Result
 from bench.contenders import NAMES
 from bench.machine import Setting
 from bench.measure import FIGURES
@@ -60,7 +60,7 @@ class CompareReport(msgspec.Struct, frozen=True, tag_field="kind", tag="compare"
             f"Medians of {rounds} rounds (least to most). The clusters took turns on the same cores, with the load.",
             f"The ratio is {results[0].name} / {self.comparison.baseline}. "
             f"Errors: {', '.join(f'{name}: {count}' for name, count in errors.items())}.",
-            *([f"{NAMES}."] if self.tuned else []),
+            *([f"{NAMES}. Chosen, and compared with: {STEADIEST}."] if self.tuned else []),
             f"Percentiles: {self.percentiles}.",
             "Inter-token: between two successive chunks that carry tokens, at the client.",
             "A prompt's tokens count when its first token comes.",

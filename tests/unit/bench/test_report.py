@@ -73,10 +73,13 @@ def test_the_trials_before_are_told_and_the_chosen_one_is_marked():
     assert "| unified, chunk 512 | 300" in text
 
 
-def test_the_steadiest_is_that_of_least_p99_and_of_equals_the_one_of_most_tokens():
-    slow, fast = result("a", 100.0, total_tokens_per_second=900.0), result("b", 104.0, total_tokens_per_second=1000.0)
-    assert steadiest([slow, fast]) is fast
-    assert steadiest([slow, fast, result("c", 90.0, total_tokens_per_second=10.0)]).name == "c"
+def test_the_steadiest_is_that_of_least_p99_of_those_that_carry_the_load():
+    def one(name, p99, tokens):
+        return result(name, p99, total_tokens_per_second=tokens)
+
+    assert steadiest([one("slow", 50.0, 890.0), one("able", 100.0, 950.0), one("fast", 300.0, 1000.0)]).name == "able"
+    assert steadiest([one("able", 100.0, 950.0), one("equal", 104.0, 1000.0)]).name == "equal"
+    assert steadiest([one("alone", 100.0, 1.0)]).name == "alone"
 
 
 def test_a_report_can_be_read_back(tmp_path):
