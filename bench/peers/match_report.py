@@ -114,8 +114,7 @@ class MatchReport(msgspec.Struct, frozen=True, tag_field="kind", tag="peers"):
             "weights in bfloat16, same prompts (no two begin alike), all answers of full length.",
             "Output: tokens a second, while prompts are computed, too; beside it, the same over the best peer's.",
             "TTFT, and gap between two successive chunks that carry tokens: ms, at the client.",
-            "CPU: seconds per 1,000 tokens of output; memory: GiB, under load, what processes share counts once; both are of "
-            "all processes of a contender.",
+            "CPU: seconds per 1,000 tokens of output. Memory: GiB, under load. Both of all processes of a contender.",
             f"Errors: {errors}.",
             f"Percentiles: {self.percentiles}.",
             *[f"- {_described(card)}" for card in self.contenders],
