@@ -98,7 +98,8 @@ class World:
         self.ledger.release(Owner(OwnerKind.SEQUENCE, key))
         del self.live[key]
 
-    def until_idle(self, most: int = 3000) -> None:
+    def until_idle(self, most: int = 50_000) -> None:
+        """`most` is far more than it ever takes, even if each attempt computes all tokens again to give one."""
         for _ in range(most):
             if not self.live:
                 return
@@ -227,7 +228,7 @@ requests = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 120), st.intege
     st.sampled_from(SchedulingPolicy),
     st.integers(1, 6),
     st.booleans(),
-    st.sampled_from([0, 3]),
+    st.sampled_from([0, 5]),
     st.sampled_from([0.0, 4.0]),
 )
 def test_everybody_gets_through_and_no_page_is_lost(wanted, pages, policy, max_running, cache, every, delay):
