@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch  # noqa: F401  (the kernels find their OpenMP in it)
-
 from engine.native.library import NativeUnavailable, load
 
 if __name__ == "__main__":

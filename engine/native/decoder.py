@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +15,7 @@ from cluster.config import Kernels
 from engine.decoder import Step
 from engine.kv_cache import KVCache
 from engine.model_config import ModelConfig
-from engine.native.library import LayerPointers, NativeUnavailable, Shape, StepPointers, load
+from engine.native.library import HeadPointers, LayerPointers, NativeUnavailable, Shape, StepPointers, load
 from engine.native.packing import WORD_BYTES, packed, packed_pairs, paired_bias
 from engine.profiling import traced
 from engine.rope import RotaryEmbedding
@@ -49,8 +51,6 @@ class NativeDecoder:
         self._embedding = read("model.embed_tokens.weight")
         pointers = [self._pointers(read_layer(config, read, layer), layer) for layer in range(config.layers)]
         self._layers = [ctypes.byref(layer) for layer in pointers]
-        self._norm = read("model.norm.weight")
-        self._head = packed(self._embedding if config.tied_embeddings else read("lm_head.weight"))
         self._rope = RotaryEmbedding(config.rope, config.head_dim, cache.pool.device)
         self._shape = Shape(
             hidden=config.hidden_size,
@@ -62,7 +62,16 @@ class NativeDecoder:
             epsilon=config.norm_epsilon,
             scale=config.head_dim**-0.5,
         )
-        self._step = StepPointers(threads=threads, page_stride=cache.pool.stride(0))
+        self._step = StepPointers(page_stride=cache.pool.stride(0))
+        self._head = HeadPointers(
+            inputs=config.hidden_size,
+            outputs=config.vocab_size,
+            epsilon=config.norm_epsilon,
+            norm=self._keep(read("model.norm.weight")),
+            packed=self._keep(packed(self._embedding if config.tied_embeddings else read("lm_head.weight"))),
+        )
+        self._team = _make_team(library, threads)
+        weakref.finalize(self, library.baton_team_destroy, self._team)
         self._arguments = ctypes.byref(self._shape), ctypes.byref(self._step)
         self._hidden = self._embedding.new_empty(0, config.hidden_size)
         self._sampled = self._embedding.new_empty(0, config.hidden_size)
@@ -75,7 +84,7 @@ class NativeDecoder:
         shape, arguments = self._arguments
         for layer in self._layers:
             with traced("native layer"):
-                self._compute_layer(shape, layer, arguments)
+                self._compute_layer(self._team, shape, layer, arguments)
             between_layers()
         del placed
         with traced("native logits"):
@@ -111,14 +120,9 @@ class NativeDecoder:
         if len(step.sampled) == 0:
             return logits
         torch.index_select(hidden, 0, torch.from_numpy(step.sampled), out=sampled)
-        self._compute_logits(
-            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (sampled, self._norm)),
-            ctypes.c_float(self._config.norm_epsilon),
-            ctypes.c_void_p(self._head.data_ptr()),
-            *(self._config.hidden_size, self._config.vocab_size, len(step.sampled)),
-            *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (sampled, logits)),
-            self._step.threads,
-        )
+        self._head.rows = len(step.sampled)
+        self._head.hidden, self._head.logits = sampled.data_ptr(), logits.data_ptr()
+        self._compute_logits(self._team, ctypes.byref(self._head))
         return logits
 
     def _work_space(self, rows: int) -> Tensor:
@@ -145,13 +149,15 @@ class NativeDecoder:
             self._logits = torch.empty(rows, self._config.vocab_size)
         return self._sampled[:rows], self._logits[:rows]
 
-    def _pointers(self, weights: LayerWeights, layer: int) -> LayerPointers:
-        def keep(tensor: Tensor | None) -> int | None:
-            if tensor is None:
-                return None
-            self._kept.append(tensor.contiguous())
-            return self._kept[-1].data_ptr()
+    def _keep(self, tensor: Tensor | None) -> int | None:
+        """Its address, for as long as this decoder lives."""
+        if tensor is None:
+            return None
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
 
+    def _pointers(self, weights: LayerWeights, layer: int) -> LayerPointers:
+        keep = self._keep
         gate_up_bias = weights.gate_up.bias
         window = self._config.windows[layer] if self._config.windows else None
         return LayerPointers(
@@ -169,6 +175,14 @@ class NativeDecoder:
             cache=self._cache.pool[:, layer].data_ptr(),
             window=window or 0,
         )
+
+
+def _make_team(library: ctypes.CDLL, threads: int) -> ctypes.c_void_p:
+    """Compute threads, each on a core of its own where this process has as many cores as it is to have threads."""
+    library.baton_team_create.restype = ctypes.c_void_p
+    cores = sorted(os.sched_getaffinity(0))
+    pinned = (ctypes.c_int * threads)(*cores) if len(cores) == threads else None
+    return ctypes.c_void_p(library.baton_team_create(threads, pinned))
 
 
 def _require_supported(config: ModelConfig, cache: KVCache) -> None:

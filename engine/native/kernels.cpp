@@ -1,15 +1,13 @@
 // A decoder layer on CPU: the C interface that engine.native.library calls. Needs AVX-512F and BW; bfloat16 products are
 // one instruction where the processor has AVX512-BF16, and made of float32 ones where not.
 //
-// A call computes one layer, or one product, with a team of `threads` that meet at barriers between its parts. It is
-// linked without an OpenMP library of its own: torch's is in the process, and a second one would have a second team.
-#include <omp.h>
-
+// A call computes one layer, or the logits, with the team that it is given.
 #include <memory>
 
 #include "attention.h"
 #include "elementwise.h"
 #include "product.h"
+#include "team.h"
 #include "tile.h"
 
 namespace baton {
@@ -30,13 +28,22 @@ struct LayerWeights {
 };
 
 struct Step {
-    int32_t rows, spans, threads;
+    int32_t rows, spans;
     const Span* span;
     const int32_t* pages;
     int64_t page_stride;
     const float *cosine, *sine;  // [rows, head_dim / 2]
     const int32_t* slots;        // [rows, 2]: page, and offset in it, of each row's key and value
     void *hidden, *normed, *query_key_value, *attended, *activated;
+};
+
+// logits [rows, outputs] = norm(hidden [rows, inputs]) times packed weights. Normalizes `hidden` in place.
+struct Head {
+    int32_t rows, inputs, outputs;
+    float epsilon;
+    void* hidden;
+    const void *norm, *packed;
+    float* logits;
 };
 
 }  // extern "C"
@@ -119,31 +126,38 @@ Rows rows_of(const void* from, int columns, int count) {
 template <class Type>
 class Layer {
    public:
-    Layer(const Shape& shape, const LayerWeights& weights, const Step& step)
+    Layer(const Shape& shape, const LayerWeights& weights, const Step& step, Team& team)
         : shape_(shape),
           weights_(weights),
           step_(step),
+          team_(team),
           cache_{static_cast<Element<Type>*>(weights.cache), step.page_stride, step.pages, shape.kv_heads,
                  shape.page_size, shape.head_dim},
           query_width_(shape.heads * shape.head_dim),
           width_((shape.heads + 2 * shape.kv_heads) * shape.head_dim) {}
 
-    // Called by every thread of the team.
-    void compute(int thread, int threads) const {
+    // Called by every member of the team.
+    void compute(int member) const {
         const auto bias = [](const void* from) { return static_cast<const Element<Type>*>(from); };
-        normalize_rows(weights_.attention_norm);
-        product(step_.normed, shape_.hidden, weights_.query_key_value, width_, 1, thread, threads,
+        normalize_rows(weights_.attention_norm, member);
+        team_.barrier();
+        product(step_.normed, shape_.hidden, weights_.query_key_value, width_, 1, member,
                 StoreRows<Type>{qkv(), bias(weights_.query_key_value_bias), false, width_});
-        place_rows();
+        team_.barrier();
+        place_rows(member);
+        team_.barrier();
         attend_all();
-        product(step_.attended, query_width_, weights_.output, shape_.hidden, 1, thread, threads,
+        team_.barrier();
+        product(step_.attended, query_width_, weights_.output, shape_.hidden, 1, member,
                 StoreRows<Type>{hidden(), bias(weights_.output_bias), true, shape_.hidden});
-        normalize_rows(weights_.mlp_norm);
-        product(step_.normed, shape_.hidden, weights_.gate_up, 2 * panels_of(shape_.intermediate) * LANES, 2, thread,
-                threads,
+        team_.barrier();
+        normalize_rows(weights_.mlp_norm, member);
+        team_.barrier();
+        product(step_.normed, shape_.hidden, weights_.gate_up, 2 * panels_of(shape_.intermediate) * LANES, 2, member,
                 ActivateRows<Type>{static_cast<Element<Type>*>(step_.activated), bias(weights_.gate_up_bias),
                                    shape_.intermediate});
-        product(step_.activated, shape_.intermediate, weights_.down, shape_.hidden, 1, thread, threads,
+        team_.barrier();
+        product(step_.activated, shape_.intermediate, weights_.down, shape_.hidden, 1, member,
                 StoreRows<Type>{hidden(), bias(weights_.down_bias), true, shape_.hidden});
     }
 
@@ -152,17 +166,16 @@ class Layer {
     Element<Type>* qkv() const { return static_cast<Element<Type>*>(step_.query_key_value); }
 
     template <class Finish>
-    void product(const void* from, int inputs, const void* packed, int outputs, int group, int thread, int threads,
+    void product(const void* from, int inputs, const void* packed, int outputs, int group, int member,
                  const Finish& finish) const {
         multiply<Type>(rows_of<Type>(from, inputs, step_.rows),
                        Panels{static_cast<const Word*>(packed), words_of<Type>(inputs)},
-                       share_of(panels_of(outputs), group, thread, threads), finish);
-#pragma omp barrier
+                       share_of(panels_of(outputs), group, member, team_.size()), finish);
     }
 
-    void normalize_rows(const void* weight) const {
-#pragma omp for schedule(static)
-        for (int row = 0; row < step_.rows; ++row) {
+    void normalize_rows(const void* weight, int member) const {
+        const auto [begin, end] = share_of(step_.rows, 1, member, team_.size());
+        for (int row = begin; row < end; ++row) {
             const int64_t at = static_cast<int64_t>(row) * shape_.hidden;
             normalize<Type>(static_cast<Element<Type>*>(step_.normed) + at, hidden() + at,
                             static_cast<const Element<Type>*>(weight), shape_.hidden, shape_.epsilon);
@@ -170,11 +183,11 @@ class Layer {
     }
 
     // Norms and rotates queries and keys; keys and values go to their pages.
-    void place_rows() const {
+    void place_rows(int member) const {
         const int head_dim = shape_.head_dim;
         const auto* norm = static_cast<const Element<Type>*>(weights_.query_key_norm);
-#pragma omp for schedule(static)
-        for (int row = 0; row < step_.rows; ++row) {
+        const auto [begin, end] = share_of(step_.rows, 1, member, team_.size());
+        for (int row = begin; row < end; ++row) {
             Element<Type>* heads = qkv() + static_cast<int64_t>(row) * width_;
             const int64_t angle = static_cast<int64_t>(row) * (head_dim / 2);
             for (int head = 0; head < shape_.heads + shape_.kv_heads; ++head) {
@@ -204,8 +217,7 @@ class Layer {
         for (int index = 0; index < step_.spans; ++index) tasks += blocks_of(step_.span[index]) * shape_.kv_heads;
         static thread_local std::unique_ptr<QueryBlock<Type>> block = std::make_unique<QueryBlock<Type>>();
         // Blocks differ in how many keys they see: whoever is done takes the next.
-#pragma omp for schedule(dynamic)
-        for (int task = 0; task < tasks; ++task) attend(*block, task);
+        for (int task = team_.next_task(); task < tasks; task = team_.next_task()) attend(*block, task);
     }
 
     int blocks_of(const Span& span) const { return (span.stop - span.start + block_tokens() - 1) / block_tokens(); }
@@ -230,58 +242,51 @@ class Layer {
     const Shape& shape_;
     const LayerWeights& weights_;
     const Step& step_;
+    Team& team_;
     const LayerCache<Type> cache_;
     const int query_width_, width_;
 };
 
 template <class Type>
-void compute_layer(const Shape& shape, const LayerWeights& weights, const Step& step) {
-    const Layer<Type> layer(shape, weights, step);
-#pragma omp parallel num_threads(step.threads)
-    layer.compute(omp_get_thread_num(), omp_get_num_threads());
+void compute_layer(Team& team, const Shape& shape, const LayerWeights& weights, const Step& step) {
+    const Layer<Type> layer(shape, weights, step, team);
+    team.run([&](int member) { layer.compute(member); });
 }
 
 template <class Type>
-void compute_logits(const void* hidden, const void* norm, float epsilon, const void* packed, int inputs, int outputs,
-                    int rows, void* normed, float* logits, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int row = 0; row < rows; ++row) {
-            const int64_t at = static_cast<int64_t>(row) * inputs;
-            normalize<Type>(static_cast<Element<Type>*>(normed) + at, static_cast<const Element<Type>*>(hidden) + at,
-                            static_cast<const Element<Type>*>(norm), inputs, epsilon);
+void compute_logits(Team& team, const Head& head) {
+    team.run([&](int member) {
+        const auto [begin, end] = share_of(head.rows, 1, member, team.size());
+        for (int row = begin; row < end; ++row) {
+            auto* hidden = static_cast<Element<Type>*>(head.hidden) + static_cast<int64_t>(row) * head.inputs;
+            normalize<Type>(hidden, hidden, static_cast<const Element<Type>*>(head.norm), head.inputs, head.epsilon);
         }
-        multiply<Type>(rows_of<Type>(normed, inputs, rows),
-                       Panels{static_cast<const Word*>(packed), words_of<Type>(inputs)},
-                       share_of(panels_of(outputs), 1, omp_get_thread_num(), omp_get_num_threads()),
-                       StoreFloats{logits, outputs});
-    }
+        team.barrier();
+        multiply<Type>(rows_of<Type>(head.hidden, head.inputs, head.rows),
+                       Panels{static_cast<const Word*>(head.packed), words_of<Type>(head.inputs)},
+                       share_of(panels_of(head.outputs), 1, member, team.size()),
+                       StoreFloats{head.logits, head.outputs});
+    });
 }
 
 }  // namespace
 
-extern "C" {
+#define EXPORTED extern "C" __attribute__((visibility("default")))
 
-__attribute__((visibility("default"))) void baton_layer_float32(const Shape* shape, const LayerWeights* weights, const Step* step) {
-    compute_layer<Float32>(*shape, *weights, *step);
+EXPORTED Team* baton_team_create(int threads, const int* cores) { return new Team(threads, cores); }
+
+EXPORTED void baton_team_destroy(Team* team) { delete team; }
+
+EXPORTED void baton_layer_float32(Team* team, const Shape* shape, const LayerWeights* weights, const Step* step) {
+    compute_layer<Float32>(*team, *shape, *weights, *step);
 }
 
-__attribute__((visibility("default"))) void baton_layer_bfloat16(const Shape* shape, const LayerWeights* weights, const Step* step) {
-    compute_layer<BFloat16>(*shape, *weights, *step);
+EXPORTED void baton_layer_bfloat16(Team* team, const Shape* shape, const LayerWeights* weights, const Step* step) {
+    compute_layer<BFloat16>(*team, *shape, *weights, *step);
 }
 
-// logits [rows, outputs] = norm(hidden [rows, inputs]) times packed weights; `normed` [rows, inputs] is work space.
-__attribute__((visibility("default"))) void baton_logits_float32(const void* hidden, const void* norm, float epsilon, const void* packed, int inputs,
-                          int outputs, int rows, void* normed, float* logits, int threads) {
-    compute_logits<Float32>(hidden, norm, epsilon, packed, inputs, outputs, rows, normed, logits, threads);
-}
+EXPORTED void baton_logits_float32(Team* team, const Head* head) { compute_logits<Float32>(*team, *head); }
 
-__attribute__((visibility("default"))) void baton_logits_bfloat16(const void* hidden, const void* norm, float epsilon, const void* packed, int inputs,
-                           int outputs, int rows, void* normed, float* logits, int threads) {
-    compute_logits<BFloat16>(hidden, norm, epsilon, packed, inputs, outputs, rows, normed, logits, threads);
-}
-
-}  // extern "C"
+EXPORTED void baton_logits_bfloat16(Team* team, const Head* head) { compute_logits<BFloat16>(*team, *head); }
 
 }  // namespace baton

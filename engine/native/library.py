@@ -1,8 +1,7 @@
 """Compiles `kernels.cpp` for this machine's processor, keeps the result, and loads it.
 
 The compiler is the system's g++. What it made is kept under ~/.cache/baton by the sources, the compiler and the
-processor, so a second start (and a second worker) finds it. torch's OpenMP is the kernels' too: the library is linked
-without one, and finds torch's in the process.
+processor, so a second start (and a second worker) finds it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SOURCES = Path(__file__).parent
 CACHE = Path(".cache", "baton")
 """In the user's home; without one that can be written to, in the folder for temporary files."""
 COMPILER = "g++"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden")
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq"})
 """Processor features, as /proc/cpuinfo names them."""
 
@@ -35,7 +34,7 @@ class NativeUnavailable(ConfigError):
 
 
 class Shape(ctypes.Structure):
-    """Of the model. This and the next two mirror kernels.cpp: same order, same types."""
+    """Of the model. This and the next three mirror kernels.cpp: same order, same types."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "page_size")),
@@ -60,7 +59,7 @@ class LayerPointers(ctypes.Structure):
 
 class StepPointers(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("rows", "spans", "threads")),
+        *((name, ctypes.c_int32) for name in ("rows", "spans")),
         ("span", ctypes.c_void_p),
         ("pages", ctypes.c_void_p),
         ("page_stride", ctypes.c_int64),
@@ -74,11 +73,16 @@ class StepPointers(ctypes.Structure):
     )
 
 
-def load() -> ctypes.CDLL:
-    """The kernels, compiled if they are not there yet (some seconds). Raises `NativeUnavailable`.
+class HeadPointers(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("rows", "inputs", "outputs")),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("hidden", "norm", "packed", "logits")),
+    )
 
-    torch must be imported before.
-    """
+
+def load() -> ctypes.CDLL:
+    """The kernels, compiled if they are not there yet (some seconds). Raises `NativeUnavailable`."""
     features = processor_features()
     missing = sorted(NEEDED - features)
     if missing:
@@ -107,12 +111,10 @@ def _compiled(compiler: str, features: frozenset[str]) -> Path:
 
 
 def _compile(compiler: str, library: Path) -> None:
-    """In two steps: `-fopenmp` at the second one would link an OpenMP library of its own."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        compiled, linked = Path(folder, "kernels.o"), Path(folder, library.name)
-        _run([compiler, *FLAGS, "-c", str(SOURCES / "kernels.cpp"), "-o", str(compiled)])
-        _run([compiler, "-shared", str(compiled), "-o", str(linked)])
-        linked.replace(library)
+        made = Path(folder, library.name)
+        _run([compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o", str(made)])
+        made.replace(library)
 
 
 def _run(command: list[str]) -> str:
