@@ -24,10 +24,10 @@ TRIAL_SECONDS = 20.0
 
 def goodput_command(
     seconds: Annotated[float, typer.Option(min=1.0, help="For which requests come, at each rate.")] = 30.0,
-    start: Annotated[float, typer.Option(min=0.05, help="First rate, in requests a second.")] = 0.5,
+    start: Annotated[float, typer.Option(min=0.05, help="First rate, in requests a second.")] = 0.75,
     factor: Annotated[float, typer.Option(min=1.05, help="Between two rates on the way up.")] = 1.5,
     halvings: Annotated[int, typer.Option(min=0, help="Steps of bisection after it.")] = 3,
-    chunks: Annotated[str, typer.Option(help="Chunk sizes that unified clusters try first.")] = "32,64,128",
+    chunks: Annotated[str, typer.Option(help="Chunk sizes that unified clusters try first.")] = "64,128",
     trial_rate: Annotated[float, typer.Option(min=0.05, help="At which they try them.")] = 1.0,
     seed: Seed = 0,
     settings: Overrides = None,
