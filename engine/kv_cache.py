@@ -7,18 +7,16 @@ page_size * head_dim, twice as fast on CPU as token by token. Which page belongs
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-
 import psutil
 import torch
 from torch import Tensor
 
 from cluster.errors import ConfigError
 from cluster.layout import KVLayout
+from engine.huge_pages import HUGE_PAGE, zeros_in_huge_pages
 
-ALIGNMENT = 1 << 21
-"""Bytes of a huge page, which is more than transfer engines ask for."""
+ALIGNMENT = HUGE_PAGE
+"""More than transfer engines ask for."""
 GIB = 1 << 30
 
 
@@ -34,7 +32,7 @@ class KVCache:
         self.page_bytes = layout.page_bytes
         dtype = getattr(torch, layout.dtype)
         _require_memory(layout, pages, device)
-        memory = _zeros(pages * layout.page_bytes + ALIGNMENT, device)
+        memory = zeros_in_huge_pages(pages * layout.page_bytes + ALIGNMENT, device)
         begin = -memory.data_ptr() % ALIGNMENT
         shape = (pages, layout.layers, 2, layout.kv_heads, layout.page_size, layout.head_dim)
         self.pool = memory[begin : begin + pages * layout.page_bytes].view(dtype).view(shape)
@@ -60,18 +58,6 @@ class KVCache:
         """Zeroes these pages in all layers."""
         if pages:
             self.pool[torch.tensor(pages, device=self.pool.device)] = 0
-
-
-def _zeros(size: int, device: torch.device) -> Tensor:
-    """uint8 [size], all of it touched, so that no request waits for the kernel to give memory; on Linux in huge pages.
-    A transfer within a host is a copy by the kernel, which looks up each page of both sides first: with pages of 4 KiB
-    it was seven times as slow (NIXL, 35 MB: 1.6 and 10.7 GB/s)."""
-    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(size, dtype=torch.uint8, device=device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).zero_()
 
 
 def _require_memory(layout: KVLayout, pages: int, device: torch.device) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from cluster.config import Kernels
 from engine.decoder import Step
+from engine.huge_pages import Arena
 from engine.kv_cache import KVCache
 from engine.model_config import ModelConfig
 from engine.native.library import HeadPointers, LayerPointers, NativeUnavailable, Shape, StepPointers, load
-from engine.native.packing import WORD_BYTES, packed, packed_pairs, paired_bias
+from engine.native.packing import WORD_BYTES, packed, packed_bytes, packed_pairs, paired_bias
 from engine.profiling import traced
 from engine.rope import RotaryEmbedding
 from engine.weights.base import Weights
@@ -48,6 +49,7 @@ class NativeDecoder:
         def read(name: str) -> Tensor:
             return weights.read(name).to(dtype)
 
+        self._weights = Arena(_weight_bytes(config, dtype.itemsize))
         self._embedding = read("model.embed_tokens.weight")
         pointers = [self._pointers(read_layer(config, read, layer), layer) for layer in range(config.layers)]
         self._layers = [ctypes.byref(layer) for layer in pointers]
@@ -68,7 +70,7 @@ class NativeDecoder:
             outputs=config.vocab_size,
             epsilon=config.norm_epsilon,
             norm=self._keep(read("model.norm.weight")),
-            packed=self._keep(packed(self._embedding if config.tied_embeddings else read("lm_head.weight"))),
+            packed=self._weights.place(packed(self._embedding if config.tied_embeddings else read("lm_head.weight"))),
         )
         self._team = _make_team(library, threads)
         weakref.finalize(self, library.baton_team_destroy, self._team)
@@ -157,24 +159,39 @@ class NativeDecoder:
         return self._kept[-1].data_ptr()
 
     def _pointers(self, weights: LayerWeights, layer: int) -> LayerPointers:
-        keep = self._keep
+        keep, place = self._keep, self._weights.place
         gate_up_bias = weights.gate_up.bias
         window = self._config.windows[layer] if self._config.windows else None
         return LayerPointers(
             attention_norm=keep(weights.attention_norm),
-            query_key_value=keep(packed(weights.query_key_value.weight)),
+            query_key_value=place(packed(weights.query_key_value.weight)),
             query_key_value_bias=keep(weights.query_key_value.bias),
             query_key_norm=keep(weights.query_key_norm),
-            output=keep(packed(weights.output.weight)),
+            output=place(packed(weights.output.weight)),
             output_bias=keep(weights.output.bias),
             mlp_norm=keep(weights.mlp_norm),
-            gate_up=keep(packed_pairs(weights.gate_up.weight)),
+            gate_up=place(packed_pairs(weights.gate_up.weight)),
             gate_up_bias=keep(None if gate_up_bias is None else paired_bias(gate_up_bias)),
-            down=keep(packed(weights.down.weight)),
+            down=place(packed(weights.down.weight)),
             down_bias=keep(weights.down.bias),
             cache=self._cache.pool[:, layer].data_ptr(),
             window=window or 0,
         )
+
+
+def _weight_bytes(config: ModelConfig, item_bytes: int) -> int:
+    """Of all packed weights."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    attended = config.heads * config.head_dim
+    layer = (
+        (attended + 2 * config.kv_heads * config.head_dim, hidden),
+        (hidden, attended),
+        (intermediate, hidden),
+        (intermediate, hidden),
+        (hidden, intermediate),
+    )
+    weights = [*(layer * config.layers), (config.vocab_size, hidden)]
+    return sum(Arena.padded(packed_bytes(*shape, item_bytes)) for shape in weights)
 
 
 def _make_team(library: ctypes.CDLL, threads: int) -> ctypes.c_void_p:

@@ -10,6 +10,11 @@ LANES = 16
 WORD_BYTES = 4
 
 
+def packed_bytes(outputs: int, inputs: int, item_bytes: int) -> int:
+    """Of a packed weight."""
+    return -(-outputs // LANES) * LANES * inputs * item_bytes
+
+
 def packed(weight: Tensor) -> Tensor:
     """[outputs, inputs] -> [panels, words, 16, values per word], zeros behind the last output."""
     per_word = WORD_BYTES // weight.element_size()
