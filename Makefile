@@ -108,7 +108,7 @@ $(BATON_PEERS)/llama/.installed: export CMAKE_ARGS := -DCMAKE_BUILD_TYPE=Release
 
 peers: $(STAMP) $(PEERS) $(BATON_PEERS)/.model  ## install vLLM, llama.cpp and transformers, to be measured beside Baton
 
-bench-peers: peers  ## Baton beside its peers, under the same load on the same cores
+bench-peers: peers  ## Baton beside its peers, under the same load on the same cores (12 minutes)
 	$(BIN)/python -m bench peers --peers $(BATON_PEERS) $(ARGS)
 
 $(BATON_PEERS)/%/.installed: requirements/peers/%.txt

@@ -31,10 +31,14 @@ PROGRAMS: Mapping[str, Callable[[Place, Sequence[str]], Program]] = MappingProxy
 )
 BATON = "baton"
 """Stands for all clusters."""
+SPARE = "2x1"
+"""Takes part only if it is named, to save time."""
 
 
 def peers_command(
-    only: Annotated[str, typer.Option(help="Some contenders, with commas; `baton` is all clusters.")] = "",
+    only: Annotated[
+        str, typer.Option(help="1P1D, 1x2, 2x1, vllm, llama, transformers: some, with commas. `baton` is all clusters.")
+    ] = "",
     topology: Annotated[list[Path] | None, typer.Option(help="Clusters that take part in place of ours.")] = None,
     settings: Overrides = None,
     arguments: Annotated[
@@ -82,11 +86,11 @@ def _clusters(settings: Sequence[str]) -> list[Contender]:
 def _contenders(
     only: str, clusters: Sequence[Contender], place: Place, arguments: Mapping[str, Sequence[str]]
 ) -> list[Peer]:
-    """Those that `only` names, or all. A cluster goes by the last word of its name."""
+    """Those that `only` names, or all but `SPARE`. A cluster goes by the last word of its name."""
     batons: dict[str, Peer] = {each.name.split()[-1]: Baton(each) for each in clusters}
     programs: dict[str, Peer] = {name: make(place, arguments.get(name, ())) for name, make in PROGRAMS.items()}
     known = batons | programs
-    chosen = [word.strip() for word in only.split(",")] if only else list(known)
+    chosen = [word.strip() for word in only.split(",")] if only else [name for name in known if name != SPARE]
     if not set(chosen) <= {BATON, *known}:
         raise ConfigError(f"--only {only}: expected some of {', '.join([BATON, *known])}")
     return [peer for name, peer in known.items() if name in chosen or (BATON in chosen and name in batons)]

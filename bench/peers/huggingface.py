@@ -12,8 +12,8 @@ NO_END = '{"eos_token_id": -1, "do_sample": false}'
 
 
 def huggingface(place: Place, arguments: Sequence[str] = ()) -> Program:
-    """Its KV cache takes nine tenths of the memory unless its size is given: 128 pages of 256 tokens hold 32 requests
-    twice."""
+    """With room for ten requests, others wait: its attention computes each token with the KV cache of all requests
+    that run, so that more of them together are slower. By default its cache takes nine tenths of the memory."""
     environment = place.environment("transformers")
     return Program(
         name="transformers",
@@ -23,7 +23,7 @@ def huggingface(place: Place, arguments: Sequence[str] = ()) -> Program:
         command=[
             str(environment / "bin" / "transformers"),
             *("serve", str(place.huggingface_model), "--continuous-batching", "--dtype", "bfloat16", "--device", "cpu"),
-            *("--host", "127.0.0.1", "--port", PORT, "--cb-num-blocks", "128", "--cb-max-batch-tokens", "512"),
+            *("--host", "127.0.0.1", "--port", PORT, "--cb-num-blocks", "20", "--cb-max-batch-tokens", "512"),
             *arguments,
         ],
         needs=[place.huggingface_model],
