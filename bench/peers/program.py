@@ -18,6 +18,7 @@ from bench.cluster import free_ports, get
 from bench.peers.base import Card, Endpoint, shown
 from bench.processes import ProcessTree
 from cluster.errors import ConfigError, LaunchError
+from cluster.process import die_with_parent
 
 PORT = "PORT"
 """Stands for the port in a command."""
@@ -71,7 +72,9 @@ class Program:
         words = [word.replace(PORT, str(port)) for word in self.words]
         url = f"http://127.0.0.1:{port}"
         with log.open("wb") as output:
-            process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, cwd=log_dir)
+            process = subprocess.Popen(
+                words, stdout=output, stderr=subprocess.STDOUT, cwd=log_dir, preexec_fn=die_with_parent
+            )
         try:
             _wait_until_up(process, f"{url}/health", log)
             yield Endpoint(url, self.model, self.options, ProcessTree(process.pid), self.takes_text, self.says_done)

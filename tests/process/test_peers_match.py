@@ -1,6 +1,9 @@
 """A match against a peer that is a real program, as stubborn as some are."""
 
+import signal
+import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from bench.peers.words import Words
 from cluster.errors import LaunchError
 
 SERVER = Path(__file__).parent / "stand_ins" / "peer.py"
+PATIENCE = 20.0
 
 
 def alive(pid):
@@ -71,3 +75,25 @@ def test_a_peer_that_does_not_start_or_answer_is_named(tmp_path):
         pass
     with pytest.raises(LaunchError, match="stand-in does not answer: HTTP 500"):
         run_match([stand_in("refuses")], [level(1, 8, 4)], Words(1000, {400: " in"}), 1, 0, tmp_path, print)
+
+
+def test_a_peer_does_not_outlive_a_killed_match(tmp_path):
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from bench.peers.program import Program\n"
+        "words = [sys.executable, sys.argv[1], 'PORT']\n"
+        "peer = Program('peer', Path(sys.prefix), [], {'MODE': 'is alone'}, words, [], 'tiny', {})\n"
+        "with peer.serve(Path(sys.argv[2])) as endpoint:\n"
+        "    print(next(iter(endpoint.tree.resident_bytes())), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", script, str(SERVER), str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert killed.returncode == -signal.SIGKILL
+    pid = int(killed.stdout.rpartition("/")[2])
+    deadline = time.monotonic() + PATIENCE
+    while alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

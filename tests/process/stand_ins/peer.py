@@ -1,4 +1,4 @@
-"""A peer: takes text, ends streams without [DONE], has a child that ignores SIGTERM. MODE may say how it fails."""
+"""A peer: takes text, ends streams without [DONE], has a child that ignores SIGTERM. MODE may say otherwise."""
 
 import asyncio
 import json
@@ -35,7 +35,8 @@ def main() -> None:
     if os.environ["MODE"] == "fails":
         print("no memory")
         sys.exit(3)
-    subprocess.Popen([sys.executable, "-c", STUBBORN])
+    if os.environ["MODE"] != "is alone":
+        subprocess.Popen([sys.executable, "-c", STUBBORN])
     app = web.Application()
     app.router.add_post("/v1/completions", complete)
     app.router.add_get("/health", health)
