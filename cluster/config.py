@@ -124,8 +124,6 @@ class Router(Section, frozen=True):
     max_body_bytes: Positive = 8 * 1024 * 1024
     max_choices: Positive = 128
     """Upper limit of prompts x n in one request."""
-    cpus: list[NonNegative] = []
-    """Cores that it is pinned to; without any, it runs where it likes, beside decode as well."""
 
 
 class PrefillScheduling(Section, frozen=True):

@@ -16,7 +16,6 @@ from cluster.errors import ConfigError
 from cluster.logging import get_logger
 from cluster.metrics import RouterMetrics
 from cluster.model_files import resolve_model
-from cluster.process import pin
 from cluster.server_process import run_until_stopped
 from router.api.app import build_app
 from router.api.generation import GenerationApi
@@ -104,7 +103,6 @@ class RouterServer:
 
 async def serve(topology: Topology) -> None:
     """Serves until SIGTERM or SIGINT. Raises `ConfigError` if the router can't start."""
-    pin(topology.router.cpus)
     text = await asyncio.to_thread(load_model_text, resolve_model(topology.model.path))
     async with aiohttp.ClientSession() as session:
         server = RouterServer(topology, text, session)
