@@ -16,7 +16,7 @@ from cluster.errors import BatonError
 from cluster.ipc import ControlGone, EngineChannel
 from cluster.logging import configure, get_logger
 from cluster.messages import EngineReady, HandoffMessage, Message, ToPeer
-from cluster.process import die_with_parent, leave_interrupts_to_parent, pin
+from cluster.process import die_with_parent, forget_garbage, leave_interrupts_to_parent, pin
 from cluster.step_loop import StepHandler, StepLoop
 from cluster.topology import load_topology
 
@@ -63,6 +63,7 @@ def main(program: str, cores_of: Callable[[Topology], Cores], build: Build) -> i
         cores = pin(cpus[arguments.index] if arguments.index < len(cpus) else [])
         context = EngineContext(topology, arguments.name, arguments.host, epoch, cores, channel, MonotonicClock())
         handler, ready = build(context)
+        forget_garbage()
         channel.send(ready)
         StepLoop(handler, channel, context.clock).run()
     except ControlGone:

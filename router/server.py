@@ -16,6 +16,7 @@ from cluster.errors import ConfigError
 from cluster.logging import get_logger
 from cluster.metrics import RouterMetrics
 from cluster.model_files import resolve_model
+from cluster.process import forget_garbage
 from cluster.server_process import run_until_stopped
 from router.api.app import build_app
 from router.api.generation import GenerationApi
@@ -104,6 +105,7 @@ class RouterServer:
 async def serve(topology: Topology) -> None:
     """Serves until SIGTERM or SIGINT. Raises `ConfigError` if the router can't start."""
     text = await asyncio.to_thread(load_model_text, resolve_model(topology.model.path))
+    forget_garbage()
     async with aiohttp.ClientSession() as session:
         server = RouterServer(topology, text, session)
         try:
