@@ -8,6 +8,7 @@ memory. Both are of the same number of threads. Times are medians.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -23,6 +24,7 @@ from cluster.config import Dtype, Kernels, WeightsFrom
 from cluster.messages import Fence, Sampling
 from cluster.model_files import resolve_model
 from engine.engine import Engine, EngineConfig
+from engine.environment import engine_environment
 from engine.linear import make_linear
 from engine.model_config import ModelConfig
 from engine.sequence import Sequence as EngineSequence
@@ -175,4 +177,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    # Threads wait as a worker's do; torch's OpenMP reads how when it is loaded.
+    if unset := engine_environment():
+        os.execve(sys.executable, [sys.executable, "-m", "engine.measure", *sys.argv[1:]], os.environ | unset)
     main(sys.argv[1:])
