@@ -12,6 +12,7 @@ import msgspec
 from bench.machine import Setting
 from bench.report import Page, Table, number
 from bench.targets import Target, at_least, targets_table
+from cluster.engine_speed import EngineSpeed
 from cluster.errors import LaunchError
 
 PREFILL_SHARE = 0.5
@@ -20,27 +21,9 @@ DECODE_SHARE = 0.6
 """Of the speed at which the weights could be read."""
 
 
-class Speed(msgspec.Struct, frozen=True):
-    """What `python -m engine.measure` prints; its own struct documents the fields."""
-
-    dtype: str
-    threads: int
-    kernels: str
-    product_flops_per_second: float
-    read_bytes_per_second: float
-    prefill_tokens_per_second: float
-    prefill_share_of_peak: float
-    decode_tokens_per_second: dict[int, float]
-    decode_share_of_reading: float
-
-    @property
-    def name(self) -> str:
-        return f"{self.dtype}, {self.threads} thread{'s' if self.threads > 1 else ''}"
-
-
 class EngineReport(msgspec.Struct, frozen=True):
     setting: Setting
-    speeds: list[Speed]
+    speeds: list[EngineSpeed]
 
     @property
     def page(self) -> Page:
@@ -55,18 +38,18 @@ class EngineReport(msgspec.Struct, frozen=True):
 
 def measure_engines(
     dtypes: Sequence[str], threads: Sequence[int], kernels: str, tell: Callable[[str], None]
-) -> list[Speed]:
+) -> list[EngineSpeed]:
     """One process for each; each is pinned to as many cores as it has threads. Raises `LaunchError`."""
     cores = sorted(os.sched_getaffinity(0))
     speeds = []
     for dtype in dtypes:
         for count in threads:
             speeds.append(_measure(dtype, count, kernels, set(cores[:count])))
-            tell(f"{speeds[-1].name}: done")
+            tell(f"{_name(speeds[-1])}: done")
     return speeds
 
 
-def _measure(dtype: str, threads: int, kernels: str, cores: set[int]) -> Speed:
+def _measure(dtype: str, threads: int, kernels: str, cores: set[int]) -> EngineSpeed:
     command = [
         sys.executable,
         "-m",
@@ -88,12 +71,12 @@ def _measure(dtype: str, threads: int, kernels: str, cores: set[int]) -> Speed:
     )
     if done.returncode:
         raise LaunchError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return msgspec.json.decode(done.stdout.splitlines()[-1], type=Speed)
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=EngineSpeed)
 
 
-def _row(speed: Speed, batches: Sequence[int]) -> list[str]:
+def _row(speed: EngineSpeed, batches: Sequence[int]) -> list[str]:
     return [
-        speed.name,
+        _name(speed),
         number(speed.product_flops_per_second / 1e9),
         number(speed.read_bytes_per_second / 1e9),
         number(speed.prefill_tokens_per_second),
@@ -103,8 +86,12 @@ def _row(speed: Speed, batches: Sequence[int]) -> list[str]:
     ]
 
 
-def _targets(speed: Speed) -> list[Target]:
+def _targets(speed: EngineSpeed) -> list[Target]:
     return [
-        at_least(f"prefill / product peak ({speed.name})", speed.prefill_share_of_peak, PREFILL_SHARE),
-        at_least(f"decode / reading ({speed.name})", speed.decode_share_of_reading, DECODE_SHARE),
+        at_least(f"prefill / product peak ({_name(speed)})", speed.prefill_share_of_peak, PREFILL_SHARE),
+        at_least(f"decode / reading ({_name(speed)})", speed.decode_share_of_reading, DECODE_SHARE),
     ]
+
+
+def _name(speed: EngineSpeed) -> str:
+    return f"{speed.dtype}, {speed.threads} thread{'s' if speed.threads > 1 else ''}"

@@ -9,10 +9,13 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
+from cluster.engine_messages import EngineFailed, EngineMessage, EngineReady, Stop
 from cluster.errors import BatonError, ConfigError, WorkerLost, from_info
 from cluster.ipc import ControlChannel
 from cluster.logging import get_logger
-from cluster.messages import AnyMessage, EngineFailed, EngineReady, Message, Stop
+from cluster.messages import (
+    Message,
+)
 
 log = get_logger(__name__)
 
@@ -55,7 +58,7 @@ class EngineHost:
     def post(self, message: Message) -> None:
         self._channel.post(message)
 
-    async def receive(self) -> list[AnyMessage]:
+    async def receive(self) -> list[EngineMessage]:
         """The next messages. Raises `WorkerLost` when the engine process is dead, or what it failed with."""
         messages = await self._channel.receive()
         if not messages:

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from cluster.clock import MonotonicClock
 from cluster.config import Cores, Topology
 from cluster.engine_host import failure
+from cluster.engine_messages import EngineReady, ToPeer
 from cluster.errors import BatonError
 from cluster.ipc import ControlGone, EngineChannel
 from cluster.logging import configure, get_logger
-from cluster.messages import EngineReady, HandoffMessage, Message, ToPeer
+from cluster.messages import (
+    HandoffMessage,
+    Message,
+)
 from cluster.process import die_with_parent, forget_garbage, leave_interrupts_to_parent, pin
 from cluster.step_loop import StepHandler, StepLoop
 from cluster.topology import load_topology

@@ -15,7 +15,8 @@ import struct
 from collections.abc import Iterator
 from typing import TypeVar
 
-from cluster.messages import AnyMessage, Message, decode, encode
+from cluster.engine_messages import EngineMessage, decode_engine_message
+from cluster.messages import Message, encode
 
 MessageT = TypeVar("MessageT")
 
@@ -38,7 +39,7 @@ class Unframer:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[AnyMessage]:
+    def feed(self, data: bytes) -> Iterator[EngineMessage]:
         """Raises `UnknownMessage` for a frame that is no message."""
         self._buffer += data
         start = 0
@@ -47,7 +48,7 @@ class Unframer:
             end = start + _LENGTH.size + length
             if len(self._buffer) < end:
                 break
-            yield decode(bytes(self._buffer[start + _LENGTH.size : end]))
+            yield decode_engine_message(bytes(self._buffer[start + _LENGTH.size : end]))
             start = end
         del self._buffer[:start]
 
@@ -59,7 +60,7 @@ class EngineChannel:
         end.setblocking(False)
         self._socket = end
         self._unframer = Unframer()
-        self._kept: list[AnyMessage] = []
+        self._kept: list[EngineMessage] = []
         self._outbox = bytearray()
         self._wake_reader, self._wake_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller = select.poll()
@@ -70,7 +71,7 @@ class EngineChannel:
         with contextlib.suppress(BlockingIOError):  # the pipe is full: the waiter will wake anyway
             os.write(self._wake_writer, b"\0")
 
-    def receive(self) -> list[AnyMessage]:
+    def receive(self) -> list[EngineMessage]:
         """What has come since the last call. Raises `ControlGone` at the end of the stream."""
         messages, self._kept = self._kept + self._read(), []
         return messages
@@ -89,8 +90,8 @@ class EngineChannel:
                 self._kept.append(message)
         return wanted
 
-    def _read(self) -> list[AnyMessage]:
-        messages: list[AnyMessage] = []
+    def _read(self) -> list[EngineMessage]:
+        messages: list[EngineMessage] = []
         while True:
             try:
                 data = self._socket.recv(_READ_BYTES)
@@ -152,7 +153,7 @@ class ControlChannel:
         if not self._writer.is_closing():
             self._writer.write(frame(message))
 
-    async def receive(self) -> list[AnyMessage]:
+    async def receive(self) -> list[EngineMessage]:
         """At least one message; an empty list is the end of the stream."""
         while True:
             try:

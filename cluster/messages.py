@@ -1,4 +1,5 @@
-"""Every message that crosses a process boundary, and how it becomes bytes.
+"""Every message that goes over the network, and how it becomes bytes. Those between a worker's two processes are in
+`cluster.engine_messages`.
 
 All are frozen, tagged by type name and decoded by type. Lengths are in tokens, times in seconds, sizes in bytes.
 `encode` and `decode` are msgpack; `decode` raises `UnknownMessage` for what is not one of these.
@@ -8,9 +9,6 @@ All are frozen, tagged by type name and decoded by type. Lengths are in tokens, 
     prefill <-> decode      PeerHello both ways (or Refused), then Offer, Grant, Done, Ack, Abort, Aborted
     worker  <-> bootstrap   Register/Registered (or Refused), Heartbeat, Leave
     anyone  <-> bootstrap   Watch -> Roster, then Joined, Left, Heartbeat
-    control <-> engine      EngineReady, EngineFailed, FromRouter/ToRouter, RouterGone, FromPeer/ToPeer, PeerUp,
-                            PeerDown, EngineLoad, StartProfile, StopProfile, ProfileReply, ProfileEnded, Stop
-                            (two processes of one worker, see `cluster.ipc`)
 """
 
 from __future__ import annotations
@@ -420,111 +418,11 @@ class Left(Message, frozen=True):
     reason: str
 
 
-# --- between a worker's two processes --------------------------------------------------------------------------------
-
-
-class EngineReady(Message, frozen=True):
-    """First frame of an engine process that has loaded, registered its pool and warmed up."""
-
-    epoch: int
-    layout: KVLayout
-    model: ModelCard
-    pool_pages: int
-    descriptor: bytes
-    process: ProcessIdentity
-
-
-class EngineFailed(Message, frozen=True):
-    """Last frame of an engine process that can't start or can't go on."""
-
-    error: ErrorInfo
-
-
-class EngineLoad(Message, frozen=True):
-    load: Load
-
-
-class FromRouter(Message, frozen=True):
-    router: str
-    message: Union[PrefillAttempt, DecodeAttempt, CancelAttempt]
-    received_at: float | None = None
-    """When the control process got it, so that waiting for the step under way counts as queueing. Of the host's
-    monotonic clock, which both processes read. None: as it is handled."""
-
-
-class ToRouter(Message, frozen=True):
-    router: str
-    message: Union[AttemptStarted, Tokens, AttemptFinished, AttemptFailed]
-
-
-class RouterGone(Message, frozen=True):
-    """Its connection broke: all its attempts are cancelled."""
-
-    router: str
-
-
-class FromPeer(Message, frozen=True):
-    worker: str
-    epoch: int
-    message: Union[Offer, Grant, Done, Ack, Abort, Aborted]
-
-
-class ToPeer(Message, frozen=True):
-    """Dropped if that instance is not connected: its `PeerDown` is on the way."""
-
-    worker: str
-    epoch: int
-    message: Union[Offer, Grant, Done, Ack, Abort, Aborted]
-
-
-class PeerUp(Message, frozen=True):
-    """A peer is connected, its hello checked."""
-
-    hello: PeerHello
-
-
-class PeerDown(Message, frozen=True):
-    """The connection to that instance broke. It may live on: a silent connection is no proof of death."""
-
-    worker: str
-    epoch: int
-
-
-class StartProfile(Message, frozen=True):
-    """Record a trace of the next `steps` steps, and write it to `file`. Answered by `ProfileReply`."""
-
-    file: str
-    steps: int
-
-
-class StopProfile(Message, frozen=True):
-    """End the recording now. Answered by `ProfileReply`, when the file is there."""
-
-
-class ProfileReply(Message, frozen=True):
-    """One for each `StartProfile` and `StopProfile`, in order."""
-
-    file: str = ""
-    error: ErrorInfo | None = None
-
-
-class ProfileEnded(Message, frozen=True):
-    """A recording has reached its last step by itself; the file is there."""
-
-    file: str
-
-
-class Stop(Message, frozen=True):
-    """Leave the step loop, release the device, exit 0."""
-
-
 HandoffMessage = Union[Offer, Grant, Done, Ack, Abort, Aborted]
 AnyMessage = Union[
     PrefillAttempt, DecodeAttempt, CancelAttempt, AttemptStarted, Tokens, AttemptFinished, AttemptFailed,
     RouterHello, WorkerHello, PeerHello, Refused, Offer, Grant, Done, Ack, Abort, Aborted,
     Register, Registered, Heartbeat, Leave, Watch, Roster, Joined, Left,
-    EngineReady, EngineFailed, EngineLoad, FromRouter, ToRouter, RouterGone, FromPeer, ToPeer, PeerUp, PeerDown,
-    StartProfile, StopProfile, ProfileReply, ProfileEnded, Stop,
 ]  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

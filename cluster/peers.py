@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from cluster.engine_messages import FromPeer, PeerDown, PeerUp, ToPeer
 from cluster.errors import LayoutMismatch, UnknownMessage, from_info
 from cluster.layout import SCHEMA_VERSION
 from cluster.links import Link
@@ -17,16 +18,12 @@ from cluster.messages import (
     Aborted,
     Ack,
     Done,
-    FromPeer,
     Grant,
     Message,
     Offer,
-    PeerDown,
     PeerHello,
-    PeerUp,
     Refused,
     Role,
-    ToPeer,
 )
 
 log = get_logger(__name__)

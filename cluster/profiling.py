@@ -15,8 +15,11 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta
 
+from cluster.engine_messages import ProfileReply, StartProfile, StopProfile
 from cluster.errors import BatonError, Draining, InvalidRequest, from_info
-from cluster.messages import Message, ProfileReply, StartProfile, StopProfile
+from cluster.messages import (
+    Message,
+)
 
 DEFAULT_STEPS = 20
 MOST_STEPS = 1000

@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 from cluster.clock import Clock
+from cluster.engine_messages import EngineLoad, EngineMessage, Stop
 from cluster.ipc import ControlGone, EngineChannel
-from cluster.messages import AnyMessage, EngineLoad, Load, Stop
+from cluster.messages import (
+    Load,
+)
 
 IDLE_SECONDS = 0.25
 """How long an idle loop sleeps when nobody wakes it: its load report is at most this old."""
@@ -16,7 +19,7 @@ REPORT_SECONDS = 0.25
 class StepHandler(Protocol):
     """A role's work. All methods are called by the loop, on its thread."""
 
-    def handle(self, message: AnyMessage, now: float) -> None:
+    def handle(self, message: EngineMessage, now: float) -> None:
         """One message from the control process."""
 
     def step(self, now: float) -> bool:

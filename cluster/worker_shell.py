@@ -15,6 +15,16 @@ from aiohttp import web
 from cluster.clock import MonotonicClock
 from cluster.config import Topology
 from cluster.engine_host import EngineHost
+from cluster.engine_messages import (
+    EngineLoad,
+    EngineReady,
+    FromRouter,
+    ProfileEnded,
+    ProfileReply,
+    RouterGone,
+    ToPeer,
+    ToRouter,
+)
 from cluster.errors import ConfigError, Draining, ProtocolError, UnknownMessage
 from cluster.layout import SCHEMA_VERSION
 from cluster.links import Link, LinkClosed, accept
@@ -24,24 +34,16 @@ from cluster.messages import (
     AttemptFinished,
     CancelAttempt,
     DecodeAttempt,
-    EngineLoad,
-    EngineReady,
-    FromRouter,
     Heartbeat,
     Load,
     Member,
     Message,
     PeerHello,
     PrefillAttempt,
-    ProfileEnded,
-    ProfileReply,
     Refused,
     Role,
-    RouterGone,
     RouterHello,
     Tokens,
-    ToPeer,
-    ToRouter,
     WorkerHello,
 )
 from cluster.metrics import CONTENT_TYPE, WorkerMetrics, render

@@ -10,28 +10,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.clock import Clock
+from cluster.engine_messages import (
+    EngineMessage,
+    FromPeer,
+    FromRouter,
+    PeerDown,
+    PeerUp,
+    RouterGone,
+    ToRouter,
+)
 from cluster.errors import ErrorInfo, RequestError, StaleFence, WorkerLost
 from cluster.logging import get_logger
 from cluster.messages import (
     Aborted,
-    AnyMessage,
     AttemptFailed,
     CancelAttempt,
     DecodeAttempt,
     Done,
     Emitted,
     Fence,
-    FromPeer,
-    FromRouter,
     Load,
     Message,
     Offer,
-    PeerDown,
-    PeerUp,
     Role,
-    RouterGone,
     Tokens,
-    ToRouter,
 )
 from decode_worker import decode_state as state
 from decode_worker.decode_state import DecodeMachine, DecodeState
@@ -92,7 +94,7 @@ class DecodeLoop:
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
-    def handle(self, message: AnyMessage, now: float) -> None:
+    def handle(self, message: EngineMessage, now: float) -> None:
         if isinstance(message, FromRouter):
             self._from_router(message, now)
         elif isinstance(message, FromPeer | PeerUp | PeerDown):

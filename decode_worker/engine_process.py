@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from cluster.engine_main import EngineContext, main
-from cluster.messages import EngineReady
+from cluster.engine_messages import EngineReady
 from cluster.process_identity import current
 from cluster.step_loop import StepHandler
 from decode_worker.decode_loop import DecodeLoop

@@ -21,6 +21,7 @@ import msgspec
 import torch
 
 from cluster.config import Dtype, Kernels, WeightsFrom
+from cluster.engine_speed import EngineSpeed
 from cluster.messages import Fence, Sampling
 from cluster.model_files import resolve_model
 from engine.engine import Engine, EngineConfig
@@ -37,22 +38,6 @@ DECODE_STEPS = 40
 BATCHES = (1, 8, 32)
 PEAK_SIDE = 2048
 READ_BYTES = 1 << 30
-
-
-class EngineSpeed(msgspec.Struct, frozen=True):
-    dtype: str
-    threads: int
-    kernels: str
-    product_flops_per_second: float
-    """Of a square product, weights packed beforehand; an addition and a multiplication count as two."""
-    read_bytes_per_second: float
-    prefill_tokens_per_second: float
-    """Of one prompt of `PROMPT_TOKENS`."""
-    prefill_share_of_peak: float
-    decode_tokens_per_second: dict[int, float]
-    """By batch size, after contexts of `CONTEXT_TOKENS`."""
-    decode_share_of_reading: float
-    """Of one sequence: time to read the weights once / time of a step."""
 
 
 def measure(model: Path, dtype: Dtype, threads: int, kernels: Kernels) -> EngineSpeed:

@@ -10,9 +10,13 @@ from typing import NamedTuple
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from cluster.engine_messages import EngineMessage, ProfileEnded, ProfileReply, StartProfile, StopProfile
 from cluster.errors import BatonError, ConfigError, Conflict
 from cluster.logging import get_logger
-from cluster.messages import AnyMessage, Load, Message, ProfileEnded, ProfileReply, StartProfile, StopProfile
+from cluster.messages import (
+    Load,
+    Message,
+)
 from cluster.step_loop import StepHandler
 
 log = get_logger(__name__)
@@ -41,7 +45,7 @@ class ProfiledSteps:
         self._send = send
         self._recording: _Recording | None = None
 
-    def handle(self, message: AnyMessage, now: float) -> None:
+    def handle(self, message: EngineMessage, now: float) -> None:
         if isinstance(message, StartProfile | StopProfile):
             self._send(self._reply(message))
         else:

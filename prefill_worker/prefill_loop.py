@@ -11,29 +11,31 @@ from dataclasses import dataclass, field
 import msgspec
 
 from cluster.clock import Clock
+from cluster.engine_messages import (
+    EngineMessage,
+    FromPeer,
+    FromRouter,
+    PeerDown,
+    PeerUp,
+    RouterGone,
+    ToRouter,
+)
 from cluster.errors import RequestError, StaleFence
 from cluster.logging import get_logger
 from cluster.messages import (
     Abort,
     Ack,
-    AnyMessage,
     AttemptFailed,
     CancelAttempt,
     Emitted,
     Fence,
     FinishReason,
-    FromPeer,
-    FromRouter,
     Grant,
     Load,
     Message,
-    PeerDown,
-    PeerUp,
     PrefillAttempt,
     Role,
-    RouterGone,
     Tokens,
-    ToRouter,
 )
 from engine.engine import Engine, StepPlan, StepResult
 from engine.sequence import Sequence
@@ -84,7 +86,7 @@ class PrefillLoop:
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
-    def handle(self, message: AnyMessage, now: float) -> None:
+    def handle(self, message: EngineMessage, now: float) -> None:
         if isinstance(message, FromRouter):
             self._from_router(message, now)
         elif isinstance(message, FromPeer | PeerUp | PeerDown):

@@ -1,7 +1,7 @@
 """What attention must do for the model, whatever the device.
 
-The engine calls `plan` once per step, with all sequences of the step; the model calls `attend` once per layer, in
-order. Both on the step loop's thread. The backend reads and writes the KV cache that it was made with and owns nothing
+`engine.torch_decoder` calls `plan` once per step, with all sequences of the step, and `attend` once per layer, in
+order; both on the step loop's thread. The backend reads and writes the KV cache that it was made with and owns nothing
 but its work space; a plan is valid until the next one is made.
 """
 
@@ -38,7 +38,7 @@ class StepAttention(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """Made over one `KVCache` by `engine.engine`."""
+    """Made over one `KVCache` by `engine.torch_decoder`."""
 
     def warm_up(self, page: int, context: int) -> None:
         """Makes whatever is made per size, for sequences of up to `context` tokens. May write to this page only."""

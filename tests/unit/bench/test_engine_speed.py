@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from bench.engine_speed import EngineReport, Speed
+from bench.engine_speed import EngineReport
 from bench.machine import describe_setting
+from cluster.engine_speed import EngineSpeed
 
 
 def speed(**changes):
@@ -12,7 +13,7 @@ def speed(**changes):
         "read_bytes_per_second": 44e9, "prefill_tokens_per_second": 1890.0, "prefill_share_of_peak": 0.75,
         "decode_tokens_per_second": {1: 109.0, 8: 444.0}, "decode_share_of_reading": 0.55,
     }  # fmt: skip
-    return Speed(**fields | changes)
+    return EngineSpeed(**fields | changes)
 
 
 def test_a_share_below_its_target_is_shown_as_not_met():

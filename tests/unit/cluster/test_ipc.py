@@ -10,9 +10,12 @@ import time
 import pytest
 
 from cluster.clock import ManualClock
+from cluster.engine_messages import EngineLoad, RouterGone, Stop
 from cluster.errors import UnknownMessage
 from cluster.ipc import ControlChannel, ControlGone, EngineChannel, Unframer, frame
-from cluster.messages import EngineLoad, Load, RouterGone, Stop
+from cluster.messages import (
+    Load,
+)
 from cluster.step_loop import StepLoop
 
 MESSAGES = [RouterGone("a"), RouterGone("b" * 100_000), Stop()]

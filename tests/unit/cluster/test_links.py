@@ -10,9 +10,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from cluster import links
+from cluster.engine_messages import Stop
 from cluster.errors import UnknownMessage
 from cluster.links import Backoff, Link, LinkClosed, accept, dial
-from cluster.messages import RouterGone, Stop
+from cluster.messages import Watch
 
 
 class Pair:
@@ -50,16 +51,16 @@ async def pair():
 
 async def test_messages_arrive_in_order_both_ways(pair):
     for number in range(100):
-        pair.client.post(RouterGone(str(number)))
-        pair.served.post(RouterGone(str(-number)))
-    assert [(await pair.served.receive()).router for _ in range(100)] == [str(n) for n in range(100)]
-    assert [(await pair.client.receive()).router for _ in range(100)] == [str(-n) for n in range(100)]
+        pair.client.post(Watch(str(number)))
+        pair.served.post(Watch(str(-number)))
+    assert [(await pair.served.receive()).watcher for _ in range(100)] == [str(n) for n in range(100)]
+    assert [(await pair.client.receive()).watcher for _ in range(100)] == [str(-n) for n in range(100)]
 
 
 async def test_what_is_posted_before_close_still_arrives(pair):
-    pair.client.post(Stop())
+    pair.client.post(Watch("last"))
     await pair.client.close()
-    assert await pair.served.receive() == Stop()
+    assert await pair.served.receive() == Watch("last")
     with pytest.raises(LinkClosed):
         await pair.served.receive()
 
@@ -73,12 +74,18 @@ async def test_a_frame_that_is_no_message_raises_and_a_text_frame_too(pair):
         await pair.served.receive()
 
 
+async def test_what_only_a_workers_own_processes_say_is_refused_from_the_network(pair):
+    pair.client.post(Stop())
+    with pytest.raises(UnknownMessage, match="Stop"):
+        await pair.served.receive()
+
+
 async def test_a_reader_that_is_too_slow_loses_its_link_and_not_our_memory(pair, monkeypatch):
     monkeypatch.setattr(links, "MAX_OUTBOX", 10)
     for _ in range(12):
-        pair.client.post(Stop())
+        pair.client.post(Watch("much"))
     assert pair.client.closed
-    pair.client.post(Stop())  # dropped, no error
+    pair.client.post(Watch("more"))  # dropped, no error
 
 
 async def test_nobody_at_the_address_is_told_plainly(pair, unused_tcp_port):

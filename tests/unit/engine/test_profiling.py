@@ -8,7 +8,10 @@ import json
 import pytest
 import torch
 
-from cluster.messages import Load, ProfileEnded, ProfileReply, StartProfile, StopProfile
+from cluster.engine_messages import ProfileEnded, ProfileReply, StartProfile, StopProfile
+from cluster.messages import (
+    Load,
+)
 from engine.linear import make_linear
 from engine.profiling import ProfiledSteps
 

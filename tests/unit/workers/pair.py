@@ -11,24 +11,20 @@ from pathlib import Path
 
 from cluster.clock import ManualClock
 from cluster.config import Dtype, WeightsFrom
+from cluster.engine_messages import FromPeer, FromRouter, PeerDown, PeerUp, ToRouter
 from cluster.messages import (
     AttemptFailed,
     AttemptFinished,
     CancelAttempt,
     DecodeAttempt,
     Fence,
-    FromPeer,
-    FromRouter,
     Message,
-    PeerDown,
     PeerHello,
-    PeerUp,
     PrefillAttempt,
     ProcessIdentity,
     Role,
     Sampling,
     Tokens,
-    ToRouter,
 )
 from decode_worker.decode_loop import DecodeLoop
 from engine.engine import Engine, EngineConfig

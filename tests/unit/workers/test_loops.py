@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from cluster.engine_messages import FromPeer, FromRouter, PeerDown, RouterGone
 from cluster.messages import (
     Ack,
     AttemptFailed,
@@ -15,12 +16,8 @@ from cluster.messages import (
     Done,
     Fence,
     FinishReason,
-    FromPeer,
-    FromRouter,
-    PeerDown,
     PrefillAttempt,
     Role,
-    RouterGone,
     Sampling,
 )
 from tests.unit.workers.pair import DECODE_EPOCH, PREFILL_EPOCH, ROUTER, Pair, tiny_engine

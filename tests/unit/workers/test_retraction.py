@@ -7,7 +7,15 @@ import random
 import pytest
 
 from cluster.config import SchedulingPolicy
-from cluster.messages import AttemptFailed, AttemptFinished, AttemptStarted, FinishReason, FromRouter, Role, Sampling
+from cluster.engine_messages import FromRouter
+from cluster.messages import (
+    AttemptFailed,
+    AttemptFinished,
+    AttemptStarted,
+    FinishReason,
+    Role,
+    Sampling,
+)
 from router.request_state import (
     Cancel,
     Deliver,
