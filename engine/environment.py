@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 DEFAULTS: Mapping[str, str] = MappingProxyType({"GOMP_SPINCOUNT": "1000"})
-"""torch's threads that wait for each other spin for some microseconds, then sleep (the native kernels' own team does not
+"""torch's threads that wait for each other spin for microseconds, then sleep (the native kernels' own team does not
 ask). On cores of their own that is as fast as spinning for long, which is libgomp's way; where anything else runs on
 one of the cores (a router, a client), long spinning keeps away the very thread that is waited for. A decode step of
 the demo model by torch's operators (bfloat16, batch 1) on two cores, in ms, alone and with a busy process on one of
