@@ -126,6 +126,27 @@ class Router(Section, frozen=True):
     """Upper limit of prompts x n in one request."""
 
 
+class Worker(Section, frozen=True):
+    """Of each worker, in both pools."""
+
+    drain_seconds: Seconds = 30.0
+    """After SIGTERM or `baton drain`: how long requests under way may take to finish. What is left then goes back to
+    its router, which goes on with it elsewhere."""
+    stall_limit_seconds: Seconds = 60.0
+    """An engine process that has made no progress for so long is killed and started anew, and `/live` says 503 until
+    then. (It is not ready, and gets no new work, after less than three heartbeats.)"""
+
+
+class Restarts(Section, frozen=True):
+    """Of an engine process by its worker, and of a cluster's processes by `baton up`."""
+
+    most: Positive = 5
+    """Of one process within `window_seconds`; when it dies once more, it is given up. The first comes at once, the
+    next ones after a pause that doubles."""
+    window_seconds: Seconds = 300.0
+    longest_pause_seconds: Seconds = 10.0
+
+
 class PrefillScheduling(Section, frozen=True):
     policy: SchedulingPolicy = SchedulingPolicy.FIRST_COME
     ageing_seconds: Seconds = 10.0
@@ -189,6 +210,8 @@ class Topology(Section, frozen=True):
     router: Router = Router()
     prefill: Prefill = Prefill()
     decode: Decode = Decode()
+    worker: Worker = Worker()
+    restarts: Restarts = Restarts()
     logging: Logging = Logging()
 
     @property

@@ -104,6 +104,14 @@ class Load(msgspec.Struct, frozen=True):
     """Pages that only the prefix cache has: they are given to whoever needs pages."""
     stale_messages: int = 0
     """Messages refused for their fence, since the engine process's start."""
+    progress: int = 0
+    """Grows while the engine process gets on: with each turn of its loop, idle or not, and each layer of a step."""
+    oldest_transfer_seconds: float = 0.0
+    """Age of the oldest write under way (prefill), or grant that is not written yet (decode); 0: there is none."""
+    stalled: str = ""
+    """What has stopped making progress, in words; empty while all goes on. Such a worker is not `ready`."""
+    draining: bool = False
+    """It finishes what it has and then ends. Such a worker is not `ready`."""
 
 
 # --- a request's attempt ---------------------------------------------------------------------------------------------
