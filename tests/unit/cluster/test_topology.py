@@ -91,7 +91,7 @@ def test_a_mistake_in_the_file_is_pointed_at(write, text, message):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("workers: 3", "workers: unknown key; expected one of the sections: model, kv, bootstrap"),
+        ("machines: 3", "machines: unknown key; expected one of the sections: model, kv, bootstrap"),
         ("kv: 3", "kv: expected keys of kv: page_size, .*, found 3"),
         (
             "kv: {page_sise: 8}",
