@@ -81,6 +81,13 @@ class LogLevel(str, Enum):
     ERROR = "error"
 
 
+class ClientCertificates(str, Enum):
+    NONE = "none"
+    """Whoever connects needs no certificate."""
+    REQUIRED = "required"
+    """Mutual TLS: whoever connects shows a certificate that `ca` has signed."""
+
+
 class Model(Section, frozen=True):
     path: Text
     """A Hugging Face folder, a .gguf file, or the demo model's name."""
@@ -113,6 +120,75 @@ class Bootstrap(Section, frozen=True):
     """A worker that is silent for so long gets no new work."""
 
 
+class Tls(Section, frozen=True):
+    """TLS of a server, and of those who connect to it. Off without a certificate; all files are PEM.
+
+    security: {tls: {certificate: node.pem, key: node.key, ca: cluster-ca.pem, client_certificates: required}}
+    """
+
+    certificate: Text | None = None
+    """File of the server's certificate and those between it and its authority; with it, the server speaks TLS only."""
+    key: Text | None = None
+    """File of its private key, without a passphrase; by default in the certificate's file."""
+    ca: Text | None = None
+    """File of the authorities that are trusted, by either side; by default, where we connect, the system's."""
+    client_certificates: ClientCertificates = ClientCertificates.NONE
+    check_names: bool = True
+    """Who connects requires that the certificate names the host it asked for. false: any that `ca` has signed will
+    do, where workers have addresses that nobody knows before."""
+
+    @property
+    def scheme(self) -> str:
+        return "http" if self.certificate is None else "https"
+
+
+class Security(Section, frozen=True):
+    """Who may speak to workers and bootstrap.
+
+    security: {secret_file: /etc/baton/secret}
+    """
+
+    secret_file: Text | None = None
+    """The cluster's secret, known to all of its processes: at least 16 characters on a line. Lines with # are
+    comments. The first line is what this process proves, any of them is accepted: so a secret is changed without a
+    stop. Read again when it changes."""
+    secret_variable: Text = "BATON_CLUSTER_SECRET"
+    """The environment variable with the secret, where no file is named."""
+    open_probes: bool = True
+    """/health, /ready, /live and /metrics of workers and bootstrap answer without proof of the secret."""
+    allow_insecure: bool = False
+    """Lets processes listen on addresses that others can reach, without secret or API keys: on a network of your own
+    only."""
+    tls: Tls = Tls()
+    """Between the processes: of bootstrap and workers, and of all that connect to them."""
+
+
+class RouterLimits(Section, frozen=True):
+    """What one router takes on; beyond it, requests get 429 with Retry-After.
+
+    router: {limits: {choices: 256, queued_tokens: 65536, queue_seconds: 20}}
+    """
+
+    choices: Positive = 2048
+    """Prompts x n of all requests between arrival and end."""
+    queued_tokens: Positive = 1048576
+    """Prompt tokens whose computing has not begun, over all workers."""
+    queue_seconds: Seconds = 120.0
+    """The longest wait for the first compute, as far as the present rate foretells it."""
+    prompt_tokens: Positive | None = None
+    """Of one prompt; by default as many as the model's context and the KV pool hold."""
+    connections: Positive = 4096
+    """Open at the same time; further ones are answered 429 and closed."""
+    header_bytes: Annotated[int, Meta(ge=1024)] = 16384
+    """Of the request line, and of any one header; there may be 128 headers."""
+    body_seconds: Seconds = 30.0
+    """How long a request's body may take to arrive."""
+    idle_seconds: Seconds = 75.0
+    """A connection on which no request has arrived, or no further one, for so long is closed."""
+    stuck_seconds: Seconds = 60.0
+    """A client that takes nothing of its stream for so long loses its connection, and its request is cancelled."""
+
+
 class Router(Section, frozen=True):
     host: Text = "127.0.0.1"
     port: Port = 8000
@@ -124,6 +200,16 @@ class Router(Section, frozen=True):
     max_body_bytes: Positive = 8 * 1024 * 1024
     max_choices: Positive = 128
     """Upper limit of prompts x n in one request."""
+    limits: RouterLimits = RouterLimits()
+    api_keys_file: Text | None = None
+    """The keys that clients may show (Authorization: Bearer KEY), one per line; lines with # are comments. Read again
+    when it changes. Without keys, everybody may ask."""
+    api_keys_variable: Text = "BATON_API_KEYS"
+    """The environment variable with the keys, one per line, where no file is named."""
+    open_probes: bool = True
+    """/health and /metrics answer without a key."""
+    tls: Tls = Tls()
+    """Towards clients."""
 
 
 class Worker(Section, frozen=True):
@@ -151,6 +237,9 @@ class PrefillScheduling(Section, frozen=True):
     policy: SchedulingPolicy = SchedulingPolicy.FIRST_COME
     ageing_seconds: Seconds = 10.0
     """Who has waited for so long goes before all that have not; under `priority`, a level is worth so much waiting."""
+    fill_steps: bool = True
+    """A step that completes a prompt is filled up with a part of the next. False: it ends so much sooner, and with it
+    the wait for a first token; worth it where a few dozen tokens keep the device busy, as on a CPU."""
 
 
 class DecodeScheduling(Section, frozen=True):
@@ -213,6 +302,7 @@ class Topology(Section, frozen=True):
     worker: Worker = Worker()
     restarts: Restarts = Restarts()
     logging: Logging = Logging()
+    security: Security = Security()
 
     @property
     def unified(self) -> bool:
@@ -225,7 +315,12 @@ class Topology(Section, frozen=True):
 
     @property
     def bootstrap_url(self) -> str:
-        return f"http://{self.bootstrap.host}:{self.bootstrap.port}"
+        return f"{self.internal_scheme}://{self.bootstrap.host}:{self.bootstrap.port}"
+
+    @property
+    def internal_scheme(self) -> str:
+        """Of the URLs of workers and bootstrap."""
+        return self.security.tls.scheme
 
     @property
     def pool_pages(self) -> int:

@@ -7,9 +7,11 @@
     ├── RequestError               the client's input is wrong (HTTP 4xx); retrying the same request is useless
     │   ├── InvalidRequest         400  malformed or out of range
     │   │   └── PromptTooLong      400  does not fit the context or the KV pool
+    │   ├── Unauthorized           401  no API key, or no proof of the cluster's secret
     │   ├── ModelNotFound          404
     │   ├── NotFound               404  no such URL
     │   ├── MethodNotAllowed       405
+    │   ├── BodyTimeout            408  the body did not come in time
     │   ├── Conflict               409  it is not the moment for it: started twice, stopped without a start
     │   ├── BodyTooLarge           413
     │   └── UnsupportedMediaType   415
@@ -88,6 +90,12 @@ class PromptTooLong(InvalidRequest):
     """Prompt plus requested tokens exceed the model's context or the KV pool."""
 
 
+class Unauthorized(RequestError):
+    """Whoever asks has not shown that they may; the message never tells what would have been right."""
+
+    status = 401
+
+
 class ModelNotFound(RequestError):
     status = 404
 
@@ -98,6 +106,12 @@ class NotFound(RequestError):
 
 class MethodNotAllowed(RequestError):
     status = 405
+
+
+class BodyTimeout(RequestError):
+    """The client was too slow in sending its request."""
+
+    status = 408
 
 
 class Conflict(RequestError):
@@ -117,7 +131,7 @@ class UnsupportedMediaType(RequestError):
 class AvailabilityError(BatonError):
     status = 503
     retryable = True
-    retry_after: ClassVar[int] = 1
+    retry_after: int = 1
     """Seconds, for the Retry-After header."""
 
 
@@ -126,8 +140,14 @@ class NoWorker(AvailabilityError):
 
 
 class Overloaded(AvailabilityError):
+    """A bounded queue is full, or is served too slowly for the request's own deadline."""
+
     status = 429
     openai_type = "rate_limit_error"
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int = 1) -> None:
+        super().__init__(message, param=param)
+        self.retry_after = retry_after
 
 
 class Draining(AvailabilityError):
