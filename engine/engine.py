@@ -70,6 +70,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     conservativeness: float = 0.0
     prefill_delay_seconds: float = 0.0
     retract_every_steps: int = 0
+    fill_steps: bool = True
 
     @classmethod
     def from_topology(cls, topology: Topology, pool: Prefill | Decode, *, threads: int) -> EngineConfig:
@@ -150,7 +151,7 @@ class Engine:
             config.page_size,
             config.max_running,
             make_policy(config.policy, config.ageing_seconds, self.prefixes),
-            Pacing(config.chunk_tokens, config.conservativeness, config.prefill_delay_seconds),
+            Pacing(config.chunk_tokens, config.conservativeness, config.prefill_delay_seconds, fill=config.fill_steps),
             Commitments(config.commit_quantile),
             config.retract_every_steps,
         )

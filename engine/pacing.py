@@ -13,12 +13,15 @@ LEAST_CHUNK = 16
 class Pacing:
     """Decodes go first: a step has all of them, and prompts take the rest of it."""
 
-    def __init__(self, chunk_tokens: int, conservativeness: float = 0.0, delay_seconds: float = 0.0) -> None:
-        """`conservativeness` from 0 to 1, see `budget`; `delay_seconds`, see `holds_back`."""
+    def __init__(
+        self, chunk_tokens: int, conservativeness: float = 0.0, delay_seconds: float = 0.0, *, fill: bool = True
+    ) -> None:
+        """`conservativeness` from 0 to 1, see `budget`; `delay_seconds`, see `holds_back`; `fill`, see `share`."""
         least = min(LEAST_CHUNK, chunk_tokens)
         self._chunk_tokens = chunk_tokens
         self._beside_decodes = round(chunk_tokens * (least / chunk_tokens) ** conservativeness)
         self._delay_seconds = delay_seconds
+        self._fill = fill
 
     def budget(self, decodes: int) -> int:
         """Prompt tokens of a step with so many decodes.
@@ -27,6 +30,18 @@ class Pacing:
         whole chunk, at 1 `LEAST_CHUNK`, and each tenth on the way shortens the step by the same factor.
         """
         return self._beside_decodes if decodes else self._chunk_tokens
+
+    def share(self, pending: Iterable[int], decodes: int) -> list[int]:
+        """How many of its `pending` tokens each prompt gets in a step with so many decodes: the first ones all, as far
+        as the budget goes. Without `fill`, a step that completes a prompt takes no part of one that it doesn't."""
+        budget = self.budget(decodes)
+        counts: list[int] = []
+        for tokens in pending:
+            if not budget or (counts and tokens > budget and not self._fill):
+                break
+            counts.append(min(tokens, budget))
+            budget -= counts[-1]
+        return counts
 
     def holds_back(self, waiting: Iterable[Sequence], running: Iterable[Sequence], now: float) -> bool:
         """Whether those that wait for their first step are to wait for company, so that decodes are disturbed once for

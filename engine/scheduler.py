@@ -157,7 +157,7 @@ class Scheduler:
                 prompts.append(sequence)
             elif self._grow(sequence):
                 decodes.append(Chunk(sequence, sequence.computed, sequence.length))
-        chunks = decodes + self._prefills(prompts, self._pacing.budget(len(decodes)), now)
+        chunks = decodes + self._prefills(prompts, len(decodes), now)
         if not chunks:
             return None
         return StepPlan(chunks, [chunk.sequence for chunk in chunks if chunk.sequence.key in self._unstarted])
@@ -260,15 +260,14 @@ class Scheduler:
         """Pages for those who enter: one stays for each sequence that may outgrow its own."""
         return self._prefixes.available - len(self._growing)
 
-    def _prefills(self, prompts: list[Sequence], budget: int, now: float) -> list[Chunk]:
-        chunks: list[Chunk] = []
-        for sequence in self._ordered(prompts, now) if len(prompts) > 1 else prompts:
-            if not budget:
-                break
-            count = min(sequence.pending, budget)
-            chunks.append(Chunk(sequence, sequence.computed, sequence.computed + count))
-            budget -= count
-        return chunks
+    def _prefills(self, prompts: list[Sequence], decodes: int, now: float) -> list[Chunk]:
+        ordered = self._ordered(prompts, now) if len(prompts) > 1 else prompts
+        counts = self._pacing.share((sequence.pending for sequence in ordered), decodes)
+        # `counts` ends where the step is full.
+        return [
+            Chunk(sequence, sequence.computed, sequence.computed + count)
+            for sequence, count in zip(ordered, counts, strict=False)
+        ]
 
     def _grow(self, sequence: Sequence) -> bool:
         """Sees to the page of its next token. False if there is none: nobody has asked whom to `retract`."""

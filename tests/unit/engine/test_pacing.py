@@ -26,6 +26,18 @@ def test_prompts_give_way_to_decodes_as_far_as_was_asked(conservativeness, besid
     assert pacing.budget(decodes=0) == 512, "nobody is delayed"
 
 
+def test_prompts_share_a_step_in_their_order():
+    assert Pacing(96).share([64, 20, 500, 9], decodes=0) == [64, 20, 12]
+    assert Pacing(96).share([500, 20], decodes=0) == [96]
+
+
+def test_a_step_that_completes_a_prompt_need_not_be_filled_up():
+    pacing = Pacing(96, fill=False)
+    assert pacing.share([64, 20, 500, 9], decodes=0) == [64, 20], "no first token waits for a part of a prompt"
+    assert pacing.share([500, 600], decodes=0) == [96], "a long prompt gets on"
+    assert pacing.share([64, 32, 500], decodes=0) == [64, 32]
+
+
 def test_a_small_chunk_stays_whole():
     assert Pacing(7, 1.0).budget(decodes=3) == 7
 
