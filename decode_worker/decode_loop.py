@@ -49,6 +49,8 @@ EARLY_OFFER_SECONDS = 10.0
 """An offer whose attempt has not come from the router by then is refused: the router is gone."""
 ENDED_MEMORY = 4096
 """Fences of ended attempts that are remembered, so that a late offer for one is refused at once."""
+LINGER_SECONDS = 0.001
+"""How long a step may wait for KV that has arrived to be verified: a sequence that misses it waits for all of it."""
 PeerMessage = FromPeer | PeerUp | PeerDown
 WAITING_STATES = (DecodeState.RESERVING, DecodeState.OFFERED, DecodeState.AWAITING_KV)
 
@@ -148,6 +150,7 @@ class DecodeLoop:
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> bool:
+        self._receiver.linger(LINGER_SECONDS)
         events = self._receiver.poll(now)
         for event in events:
             self._from_receiver(event, now)

@@ -108,6 +108,9 @@ class TransferPort(Protocol):
     def results(self) -> list[Result]:
         """What has ended since the last call. Raises whatever ended the thread."""
 
+    def wait(self, seconds: float) -> bool:
+        """Blocks until `results` has something to give, at most for so long; whether it has."""
+
 
 class Digester(Protocol):
     def of(self, pages: Sequence[int]) -> list[int]: ...

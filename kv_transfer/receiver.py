@@ -95,7 +95,7 @@ class _Lease:
 
 
 class HandoffReceiver:
-    """Takes KV pages over. All methods are for the step loop; none of them blocks.
+    """Takes KV pages over. All methods are for the step loop; none of them blocks, but `linger`.
 
     `send(worker, epoch, message)` relays a control message to a peer. `thread` is this receiver's own. `epoch` is our
     own instance's. `is_dead` is proof of a process's death. Granted pages belong to their writer until `poll` returns
@@ -224,6 +224,16 @@ class HandoffReceiver:
         news of peers. Raises whatever ended that thread."""
         for result in self._thread.results():
             self._finish(result)
+
+    def linger(self, seconds: float) -> None:
+        """Waits, at most so long, until what has been written is verified: so it is in the step that is about to begin,
+        and not in the one after."""
+        until = self._clock.now() + seconds
+        while any(lease.machine.state is ReceiverState.VERIFYING for lease in self._leases.values()):
+            left = until - self._clock.now()
+            if left <= 0 or not self._thread.wait(left):
+                return
+            self.advance()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ class _Handoff:
 
 
 class HandoffSender:
-    """Hands KV pages over. All methods are for the step loop; none of them blocks.
+    """Hands KV pages over. All methods are for the step loop; none of them blocks, but `linger`.
 
     `send(worker, epoch, message)` relays a control message to a peer. `thread` is this sender's own. `epoch` is our
     own instance's. Per handoff: `offer`, then `computed` after each chunk and `finish` after the last one, or `cancel`
@@ -183,6 +183,17 @@ class HandoffSender:
             deadline = handoff.machine.deadline
             if deadline is not None and now >= deadline:
                 self._handle(handoff, state.DeadlinePassed())
+
+    def linger(self, seconds: float) -> None:
+        """Waits, at most so long, until what is computed to its end is written, and so DONE has left. A step that
+        begins before would hold it up: on a CPU it wants the transfer thread's core, and it looks up between two layers
+        only."""
+        until = self._clock.now() + seconds
+        while any(handoff.machine.at_its_last_write for handoff in self._handoffs.values()):
+            left = until - self._clock.now()
+            if left <= 0 or not self._thread.wait(left):
+                return
+            self.advance(self._clock.now())
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -155,6 +155,11 @@ class SenderHandoff(StateMachine[SenderAction]):
         self._write_seconds = 0.0
         self._written_until = now
 
+    @property
+    def at_its_last_write(self) -> bool:
+        """Nothing but writes that are under way stands before DONE."""
+        return self.state is SenderState.SENDING and self._first_token is not None
+
     # --- the connection ----------------------------------------------------------------------------------------------
 
     def _offer(self, event: PeerUp, now: float) -> list[SenderAction]:

@@ -21,7 +21,7 @@ IDLE_SECONDS = 0.5
 
 
 class TransferThread:
-    """Runs a `TransferDriver`. `post`, `results` and `close` are for the step loop; none of them waits, but `close`.
+    """Runs a `TransferDriver`. `post`, `results`, `wait` and `close` are for the step loop; the last two block.
 
     `wake` is called on this thread after results have arrived, and when the thread dies of an error; it must not block.
     `digester` None: no digests. `trial_page`: see `TransferDriver`.
@@ -41,6 +41,8 @@ class TransferThread:
         self._wake = wake
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._results: deque[Result] = deque()
+        self._arrived = threading.Event()
+        """Set with each result, and by the thread's death; `results` clears it."""
         self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="kv-transfer", daemon=True)
         self._thread.start()
@@ -50,10 +52,14 @@ class TransferThread:
 
     def results(self) -> list[Result]:
         """What has ended since the last call. Raises the error that ended the thread, if one did."""
+        self._arrived.clear()
         found = [self._results.popleft() for _ in range(len(self._results))]
         if self._death is not None and not found:
             raise self._death
         return found
+
+    def wait(self, seconds: float) -> bool:
+        return self._arrived.wait(seconds)
 
     def close(self, timeout: float = 10.0) -> None:
         """Ends the thread and closes the backend; commands posted before are carried out. A second call does nothing.
@@ -69,6 +75,7 @@ class TransferThread:
             self._driver.close()
         except Exception as error:  # noqa: BLE001 - this thread's outermost call: the step loop raises it in `results`
             self._death = error
+            self._arrived.set()
             self._wake()
 
     def _loop(self) -> None:
@@ -91,4 +98,5 @@ class TransferThread:
             if results:
                 nap = SHORTEST_NAP
                 self._results.extend(results)
+                self._arrived.set()
                 self._wake()

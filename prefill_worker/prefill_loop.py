@@ -45,6 +45,9 @@ from prefill_worker.prefill_state import PrefillMachine, PrefillState
 
 log = get_logger(__name__)
 
+LINGER_SECONDS = 0.002
+"""How long the next step may wait for the last pages of a prompt that is computed; they are few, for the others have
+gone out before."""
 PeerMessage = FromPeer | PeerUp | PeerDown
 
 
@@ -170,6 +173,8 @@ class PrefillLoop:
             if finished is FinishReason.LENGTH and sampled.offset + 1 < attempt.sampling.max_tokens:
                 finished = None  # only our leg's last token
             self._feed(sampled.key, state.FirstToken(sampled.token, finished), now)
+        if result.sampled:
+            self._sender.linger(LINGER_SECONDS)
 
     def _attend_to_handoffs(self) -> None:
         for message in self._receive_only((FromPeer, PeerUp, PeerDown)):

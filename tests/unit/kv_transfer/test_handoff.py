@@ -37,6 +37,26 @@ def world() -> World:
     return World()
 
 
+def test_who_lingers_says_done_before_the_next_step(world):
+    granted(world)
+    world.prefill_port.works_while_awaited = world.decode_port.works_while_awaited = True
+    compute_all(world)
+    assert not world.to_decode, "the last pages are under way"
+    world.sender.linger(1.0)
+    world.deliver()
+    world.receiver.linger(1.0)
+    assert world.receiver.poll(world.clock.now()) == [KVArrived(fence(), 42, 0.0)], "in time for the step that begins"
+
+
+def test_nobody_lingers_for_what_does_not_come(world):
+    granted(world)
+    compute_all(world)
+    world.sender.linger(1.0)
+    assert not world.to_decode
+    world.sender.cancel(fence(), CANCELLED)
+    world.sender.linger(1.0)
+
+
 def test_pages_arrive_chunk_by_chunk_and_both_sides_end(world):
     granted(world)
     world.source.fill(1, 0xA1)

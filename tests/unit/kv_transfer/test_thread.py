@@ -58,6 +58,14 @@ def test_held_writes_end_when_they_end(setup):
     assert ended.error is None
 
 
+def test_who_waits_is_told_of_a_result_and_of_nothing_else(setup):
+    assert not setup.thread.wait(0.0)
+    setup.thread.post(PostWrites(fence(), "peer", Batch(0, (1,), (3,))))
+    assert setup.thread.wait(BOUND)
+    assert len(setup.thread.results()) == 1
+    assert not setup.thread.wait(0.0)
+
+
 def test_an_error_that_nobody_foresaw_wakes_and_surfaces_every_time(setup):
     setup.thread.post(PostWrites(fence(), "peer", Batch(0, (99,), (3,))))
     for _ in range(2):

@@ -41,10 +41,11 @@ class Pool:
 
 
 class InlinePort:
-    """A `TransferPort` that works only when told to."""
+    """A `TransferPort` that works only when told to; `works_while_awaited`: also when somebody waits for it."""
 
     def __init__(self, driver: TransferDriver) -> None:
         self.driver = driver
+        self.works_while_awaited = False
         self.commands: deque[Command] = deque()
         self._results: list[Result] = []
 
@@ -54,6 +55,11 @@ class InlinePort:
     def results(self) -> list[Result]:
         found, self._results = self._results, []
         return found
+
+    def wait(self, seconds: float) -> bool:
+        if self.works_while_awaited:
+            self.run()
+        return bool(self._results)
 
     def run(self, turns: int = 1) -> None:
         """Carries out all commands, then drives what is under way."""
