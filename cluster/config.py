@@ -189,6 +189,24 @@ class RouterLimits(Section, frozen=True):
     """A client that takes nothing of its stream for so long loses its connection, and its request is cancelled."""
 
 
+class Recovery(Section, frozen=True):
+    """When a request's attempt has failed: the next one, and the workers that are left alone meanwhile."""
+
+    max_attempts: Positive = 64
+    """Of one choice of a request, in all. One that brings down each worker it meets must not meet them all for ever."""
+    max_attempts_without_progress: Positive = 8
+    """In a row, none of which brought the client further than the first token that it gave."""
+    first_delay_seconds: Seconds = 0.1
+    """The first failure is answered at once, a second in a row after so long, each further one after twice as long."""
+    longest_delay_seconds: Seconds = 1.0
+    """Also between two looks for a worker, while there is none: the request's own deadline ends the search."""
+    breaker_failures: Positive = 3
+    """A worker that is blamed so often, and does nothing well in between, gets work only if there is no other."""
+    breaker_seconds: Seconds = 2.0
+    """For so long; then one attempt goes there to see. Doubles with each that fails, up to `longest_breaker_seconds`."""
+    longest_breaker_seconds: Seconds = 30.0
+
+
 class Router(Section, frozen=True):
     host: Text = "127.0.0.1"
     port: Port = 8000
@@ -200,6 +218,10 @@ class Router(Section, frozen=True):
     max_body_bytes: Positive = 8 * 1024 * 1024
     max_choices: Positive = 128
     """Upper limit of prompts x n in one request."""
+    event_ids: bool = True
+    """A stream whose client names an X-Request-Id carries `id:` lines, from which the client can go on after a broken
+    connection. False: for clients that name their requests and take every line of a stream for data."""
+    recovery: Recovery = Recovery()
     limits: RouterLimits = RouterLimits()
     api_keys_file: Text | None = None
     """The keys that clients may show (Authorization: Bearer KEY), one per line; lines with # are comments. Read again

@@ -20,8 +20,10 @@
     │   ├── Overloaded             429  a bounded queue is full
     │   ├── Draining               the worker takes no new work
     │   ├── WorkerLost             the worker or its connection died while it had the request
+    │   │   └── WorkerStalled      its connection stands, but it says nothing, or that it is stuck
     │   ├── TransferFailed         KV pages did not arrive, or arrived damaged
     │   │   └── PeerUnreachable    the peer's memory can't be written to
+    │   ├── AttemptsExhausted      a request has failed as often as it may
     │   └── DeadlineExceeded       the request's time is over
     ├── ProtocolError              a peer broke the contract; the message is refused and counted
     │   ├── StaleFence             the message is meant for another epoch, request or attempt
@@ -29,8 +31,13 @@
     │   └── UnknownMessage         not a message of this schema version
     └── IllegalTransition          our own bug: an event that a state machine's table does not have
 
-An error knows its HTTP status, whether it may be retried and, once the router has it, which leg is to blame.
-`ErrorInfo` is what travels; `to_info` and `from_info` convert.
+An error knows its HTTP status, whether another attempt may help, and whether it tells against the worker that is
+blamed for it. `ErrorInfo` is what travels; `to_info` and `from_info` convert.
+
+When a leg fails, another attempt may help against whatever lies in one worker, one connection or one pair: all of
+AvailabilityError, and ProtocolError too (a worker that was restarted answers StaleFence, two that don't fit each other
+LayoutMismatch: other workers will do). It can't help when the request itself is wrong (RequestError), when its time or
+its attempts are over, or when the code is (IllegalTransition, and any class that this version does not know).
 """
 
 from __future__ import annotations
@@ -53,6 +60,9 @@ class BatonError(Exception):
 
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    fault: ClassVar[bool] = True
+    """Whether it tells against the worker that is blamed, see `router.breaker_state`. False: a worker said no, as it
+    should."""
     openai_type: ClassVar[str] = "server_error"
     """The `type` of the OpenAI error object."""
 
@@ -153,9 +163,15 @@ class Overloaded(AvailabilityError):
 class Draining(AvailabilityError):
     """The worker is leaving and takes no new work."""
 
+    fault = False
+
 
 class WorkerLost(AvailabilityError):
     """The worker died, or its connection broke, while it had the request."""
+
+
+class WorkerStalled(WorkerLost):
+    """The worker has the request and makes no progress; it may wake up later."""
 
 
 class TransferFailed(AvailabilityError):
@@ -166,16 +182,28 @@ class PeerUnreachable(TransferFailed):
     """The peer's memory can't be reached: it is dead, or the network to it is."""
 
 
+class AttemptsExhausted(AvailabilityError):
+    """One attempt after the other has failed; says how many, and what the last one said."""
+
+    retryable = False
+
+
 class DeadlineExceeded(AvailabilityError):
     """The request's deadline has passed."""
+
+    retryable = False
 
 
 class ProtocolError(BatonError):
     """A peer sent what the contract does not allow."""
 
+    retryable = True
+
 
 class StaleFence(ProtocolError):
     """The message belongs to another worker epoch, request or attempt."""
+
+    fault = False
 
 
 class LayoutMismatch(ProtocolError):
