@@ -5,36 +5,34 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from aiohttp import web
-
 from bootstrap.server import BootstrapServer
+from cluster.access.security import ClusterSecurity
 from cluster.clock import MonotonicClock
 from cluster.config import Topology
-from cluster.errors import ConfigError
+from cluster.http_server import HttpServer
 from cluster.logging import get_logger
 from cluster.server_process import run, run_until_stopped, topology_parser
 
 log = get_logger("bootstrap")
 
+SHUTDOWN_SECONDS = 1.0
+
 
 async def serve(topology: Topology) -> None:
     """Serves until SIGTERM or SIGINT. Raises `ConfigError` if the port is taken."""
     config = topology.bootstrap
-    runner = web.AppRunner(
-        BootstrapServer(config, MonotonicClock()).application(), access_log=None, shutdown_timeout=1.0
-    )
-    await runner.setup()
+    security = ClusterSecurity(topology.security)
+    security.require_for(config.host, "bootstrap.host")
+    bootstrap = BootstrapServer(config, MonotonicClock())
+    application = bootstrap.application()
+    security.guard(application, bootstrap.unauthorized)
+    server = HttpServer(application, SHUTDOWN_SECONDS, security.server_tls)
     try:
-        await web.TCPSite(runner, config.host, config.port).start()
-    except OSError as error:
-        raise ConfigError(
-            f"can't listen on {config.host}:{config.port}: {error.strerror or error}; set bootstrap.port to a free one"
-        ) from error
-    log.info("listening", url=topology.bootstrap_url)
-    try:
+        url = await server.start(config.host, config.port, "set bootstrap.port to a free one")
+        log.info("listening", url=url)
         await run_until_stopped(asyncio.create_task(_forever()))
     finally:
-        await runner.cleanup()
+        await server.stop()
 
 
 async def _forever() -> None:

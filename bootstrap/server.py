@@ -36,6 +36,10 @@ class BootstrapServer:
     def registry(self) -> CollectorRegistry:
         return self._metrics.registry
 
+    def unauthorized(self, reason: str) -> None:
+        """Counts a request that has not proven the cluster's secret."""
+        self._metrics.unauthorized(reason)
+
     def application(self) -> web.Application:
         app = web.Application()
         app.router.add_get("/members", self._members)

@@ -17,6 +17,8 @@ _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5)
 _TOKENS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _BYTES = tuple(float(2**n) for n in range(16, 35, 2))
+_UNAUTHORIZED = "baton_unauthorized_requests_total"
+_UNAUTHORIZED_TEXT = "Requests refused for want of proof of the secret; no_proof: each exchange begins with one."
 
 
 def render(registry: CollectorRegistry) -> bytes:
@@ -34,6 +36,7 @@ class BootstrapMetrics:
         self._leaves = Counter(
             "baton_member_leaves_total", "Instances that left or lost their lease.", registry=registry
         )
+        self._unauthorized = Counter(_UNAUTHORIZED, _UNAUTHORIZED_TEXT, ["reason"], registry=registry)
 
     def observe_members(self, roles: list[Role]) -> None:
         for role in Role:
@@ -41,6 +44,9 @@ class BootstrapMetrics:
 
     def joined(self) -> None:
         self._joins.inc()
+
+    def unauthorized(self, reason: str) -> None:
+        self._unauthorized.labels(reason=reason).inc()
 
     def left(self) -> None:
         self._leaves.inc()
@@ -124,6 +130,12 @@ class WorkerMetrics:
         self._transfers = gauge("baton_transfers_in_flight", "Handoffs between OFFER and end.")
         self._stale = counter("baton_worker_stale_messages_total", "Messages refused for their fence.", "kind")
         self._peers = gauge("baton_peers", "Connected peers of the other pool.")
+        self._unauthorized = counter(_UNAUTHORIZED, _UNAUTHORIZED_TEXT, "reason")
+        self._refused = counter(
+            "baton_refused_links_total",
+            "Links that were refused, or ended for a frame that broke the contract.",
+            "link",
+        )
 
     def observe_load(self, load: Load) -> None:
         self._steps.labels(**self._labels).set(load.steps)
@@ -163,3 +175,10 @@ class WorkerMetrics:
 
     def peers(self, count: int) -> None:
         self._peers.labels(**self._labels).set(count)
+
+    def unauthorized(self, reason: str) -> None:
+        self._unauthorized.labels(**self._labels, reason=reason).inc()
+
+    def refused(self, link: str) -> None:
+        """`link`: router or peer."""
+        self._refused.labels(**self._labels, link=link).inc()

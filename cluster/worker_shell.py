@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 from aiohttp import web
 
+from cluster.access.security import ClusterSecurity
 from cluster.clock import MonotonicClock
 from cluster.config import Topology
 from cluster.engine_host import EngineHost
@@ -25,7 +26,8 @@ from cluster.engine_messages import (
     ToPeer,
     ToRouter,
 )
-from cluster.errors import ConfigError, Draining, ProtocolError, UnknownMessage
+from cluster.errors import Draining, ProtocolError, UnknownMessage
+from cluster.http_server import HttpServer
 from cluster.layout import SCHEMA_VERSION
 from cluster.links import Link, LinkClosed, accept
 from cluster.logging import get_logger
@@ -56,6 +58,9 @@ ATTEMPT_TYPES: Mapping[Role, type[PrefillAttempt] | type[DecodeAttempt]] = {
     Role.DECODE: DecodeAttempt,
 }
 
+SHUTDOWN_SECONDS = 1.0
+"""For what is asked over HTTP at the end; attempts have ended before."""
+
 
 class WorkerShell:
     """One worker's HTTP server and engine process. Made by `start`; `run` relays until the end; `close` in any case."""
@@ -70,11 +75,13 @@ class WorkerShell:
         self.member: Member | None = None
         """Known once the engine process is ready."""
         self.on_peer_message: Callable[[ToPeer], None] = lambda message: None
+        self.security = ClusterSecurity(topology.security)
         self.app = web.Application()
         self._engine: EngineHost | None = None
         self._engine_ready: EngineReady | None = None
         self._routers: dict[str, Link] = {}
-        self._runner = web.AppRunner(self.app, access_log=None, shutdown_timeout=1.0)
+        self.security.guard(self.app, self.metrics.unauthorized)
+        self._server = HttpServer(self.app, SHUTDOWN_SECONDS, self.security.server_tls)
         self._draining = False
         self.app.router.add_get("/health", self._health)
         self.app.router.add_get("/ready", self._ready)
@@ -89,15 +96,9 @@ class WorkerShell:
         self, host: str, port: int, module: str, arguments: Sequence[str], env: Mapping[str, str]
     ) -> Member:
         """Listens, starts the engine process and waits until it can work. Raises `ConfigError` if one can't."""
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, host, port).start()
-        except OSError as error:
-            raise ConfigError(
-                f"can't listen on {host}:{port}: {error.strerror or error}; choose another port"
-            ) from error
-        bound = self._runner.addresses[0][1]
-        log.info("loading the model", model=self.topology.model.path, url=f"http://{host}:{bound}")
+        self.security.require_for(host, f"{self.role.value}.host")
+        url = await self._server.start(host, port, "choose another port")
+        log.info("loading the model", model=self.topology.model.path, url=url)
         self._engine = await EngineHost.start(module, arguments, env)
         ready = self._engine_ready = await self._engine.ready()
         section = self.topology.prefill if self.role is Role.PREFILL else self.topology.decode
@@ -105,7 +106,7 @@ class WorkerShell:
             worker=self.name,
             role=self.role,
             epoch=ready.epoch,
-            url=f"http://{host}:{bound}",
+            url=url,
             layout=ready.layout,
             model=ready.model,
             transfer=self.topology.kv.transfer.value,
@@ -161,7 +162,7 @@ class WorkerShell:
         self._draining = True
         for link in list(self._routers.values()):
             await link.close()
-        await self._runner.cleanup()
+        await self._server.stop()
         if self._engine is not None:
             await self._engine.close()
 
@@ -214,6 +215,7 @@ class WorkerShell:
             log.info("router disconnected", router=router, reason=str(closed))
         except (ProtocolError, Draining) as error:
             log.warning("refused a router", router=router, error=str(error))
+            self.metrics.refused("router")
             link.post(Refused(error.to_info()))
         finally:
             if router is not None and self._routers.get(router) is link:

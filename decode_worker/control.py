@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-import aiohttp
 from aiohttp import web
 
 from bootstrap.client import Registration
@@ -43,6 +42,7 @@ class PeerListener:
             pass
         except (ProtocolError, Draining) as error:
             log.error("refused a peer", peer=link.peer, error=str(error))
+            self._shell.metrics.refused("peer")
             link.post(Refused(error.to_info()))
         finally:
             await link.close()
@@ -60,7 +60,7 @@ async def serve(
     peers = PeerTable(shell.post, shell.metrics.peers)
     shell.on_peer_message = peers.send
     PeerListener(shell, peers)
-    async with aiohttp.ClientSession() as session:
+    async with shell.security.session() as session:
         try:
             member = await shell.start(host, port, "decode_worker.engine_process", engine, env)
             registration = Registration(session, topology.bootstrap_url, member, lambda: shell.load)

@@ -91,7 +91,7 @@ async def serve(
     shell = WorkerShell(name, Role.PREFILL, topology)
     peers = PeerTable(shell.post, shell.metrics.peers)
     shell.on_peer_message = peers.send
-    async with aiohttp.ClientSession() as session:
+    async with shell.security.session() as session:
         dialer = PeerDialer(shell, session, peers)
         try:
             member = await shell.start(host, port, "prefill_worker.engine_process", engine, env)

@@ -1,0 +1,74 @@
+"""A process's part in the `security` section: what it shows to the others, and what it demands of them."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+from collections.abc import Callable
+
+import aiohttp
+from aiohttp import web
+
+from cluster.access.gate import PROBES, ProvingMiddleware, close_gate
+from cluster.access.keys import KeyRing, KeySource, open_ring
+from cluster.access.tls import client_context, server_context
+from cluster.clock import Clock, MonotonicClock
+from cluster.config import Security
+from cluster.errors import ConfigError
+
+SHORTEST_SECRET = 16
+"""In characters: who hears a proof may try secrets at leisure."""
+
+
+class ClusterSecurity:
+    """The cluster's secret and TLS, read once at a process's start. Raises `ConfigError` for what can't be used."""
+
+    def __init__(self, config: Security, clock: Clock | None = None) -> None:
+        self._config = config
+        self._clock = clock or MonotonicClock()
+        source = KeySource("security.secret_file", config.secret_file, config.secret_variable, SHORTEST_SECRET)
+        self._secret: KeyRing | None = open_ring(source, self._clock)
+        self.server_tls: ssl.SSLContext | None = server_context(config.tls, "security.tls")
+        """Of a worker's or bootstrap's port."""
+        self._client_tls = client_context(config.tls, "security.tls")
+
+    def require_for(self, host: str, setting: str) -> None:
+        """Raises `ConfigError` if `host`, the address of a worker or bootstrap, may be reached by strangers who would
+        then be served. `setting` is the address's key."""
+        if self._secret is None:
+            require_protection(
+                host, setting, self._config, "a secret: set security.secret_file", self._config.secret_variable
+            )
+
+    def guard(self, app: web.Application, on_refused: Callable[[str], None]) -> None:
+        """Lets only the cluster's own processes in, if there is a secret. Before the application starts."""
+        if self._secret is not None:
+            open_paths = PROBES if self._config.open_probes else frozenset[str]()
+            close_gate(app, self._secret, open_paths, on_refused, self._clock)
+
+    def session(self) -> aiohttp.ClientSession:
+        """A session for what workers and bootstrap serve. The caller closes it."""
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=self._client_tls or True),
+            middlewares=[] if self._secret is None else [ProvingMiddleware(self._secret)],
+        )
+
+
+def require_protection(host: str, setting: str, config: Security, means: str, variable: str) -> None:
+    """Raises `ConfigError` unless `host` is of this machine alone, or `security.allow_insecure` says that it is well
+    so. `means` and the environment's `variable` are what else would help."""
+    if config.allow_insecure or is_loopback(host):
+        return
+    raise ConfigError(
+        f"{setting}: {host} can be reached by other machines, and whoever reaches it would be served. Give it {means}, "
+        f"or the environment variable {variable}; or listen on 127.0.0.1; or, on a network of your own, set "
+        "security.allow_insecure: true"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that address. Of names, "localhost" alone is known to be so."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
