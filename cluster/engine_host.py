@@ -13,9 +13,8 @@ from cluster.engine_messages import EngineFailed, EngineMessage, EngineReady, St
 from cluster.errors import BatonError, ConfigError, WorkerLost, from_info
 from cluster.ipc import ControlChannel
 from cluster.logging import get_logger
-from cluster.messages import (
-    Message,
-)
+from cluster.messages import Message
+from cluster.progress_board import ProgressBoard
 
 log = get_logger(__name__)
 
@@ -23,16 +22,18 @@ STOP_SECONDS = 5.0
 
 
 class EngineHost:
-    """One engine process. Made by `start`; `close` in any case."""
+    """One engine process. Made by `start`; `close` in any case. `board` shows its progress."""
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: ControlChannel) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, channel: ControlChannel, board: ProgressBoard) -> None:
+        self.board = board
         self._process = process
         self._channel = channel
 
     @classmethod
     async def start(cls, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> EngineHost:
-        """Runs `python -m module arguments --channel FD` with `environment` added to ours."""
+        """Runs `python -m module arguments --channel FD --board FD` with `environment` added to ours."""
         ours, theirs = socket.socketpair()
+        board = ProgressBoard.create()
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -41,10 +42,12 @@ class EngineHost:
                 *arguments,
                 "--channel",
                 str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
+                "--board",
+                str(board.descriptor),
+                pass_fds=[theirs.fileno(), board.descriptor],
                 env={**os.environ, **environment},
             )
-        return cls(process, await ControlChannel.open(ours))
+        return cls(process, await ControlChannel.open(ours), board)
 
     async def ready(self) -> EngineReady:
         """Waits for the model to be loaded and warm. Raises what the engine process failed with."""
@@ -68,8 +71,14 @@ class EngineHost:
                 raise from_info(message.error)
         return messages
 
+    def kill(self) -> None:
+        """Without last words; `receive` tells of its death."""
+        if self._process.returncode is None:
+            self._process.kill()
+
     async def close(self) -> None:
-        """Asks it to stop, waits for its last step, kills it if that takes too long."""
+        """Asks it to stop, waits for its last step, kills it if that takes too long. When this returns the process is
+        dead, and reaped by us: nothing of it can write any more."""
         self._channel.post(Stop())
         try:
             await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
@@ -78,6 +87,7 @@ class EngineHost:
             self._process.kill()
             await self._process.wait()
         self._channel.close()
+        self.board.close()
 
     async def _exit(self) -> str:
         """How it ended, in words."""

@@ -16,11 +16,9 @@ from cluster.engine_messages import EngineReady, ToPeer
 from cluster.errors import BatonError
 from cluster.ipc import ControlGone, EngineChannel
 from cluster.logging import configure, get_logger
-from cluster.messages import (
-    HandoffMessage,
-    Message,
-)
+from cluster.messages import HandoffMessage, Message
 from cluster.process import die_with_parent, forget_garbage, leave_interrupts_to_parent, pin
+from cluster.progress_board import ProgressBoard
 from cluster.step_loop import StepHandler, StepLoop
 from cluster.topology import load_topology
 
@@ -39,6 +37,7 @@ class EngineContext:
     cores: list[int]
     """What this process may run on, one compute thread each."""
     channel: EngineChannel
+    board: ProgressBoard
     clock: MonotonicClock
 
     def send(self, message: Message) -> None:
@@ -60,16 +59,19 @@ def main(program: str, cores_of: Callable[[Topology], Cores], build: Build) -> i
     leave_interrupts_to_parent()
     arguments = _parse(program)
     channel = EngineChannel(socket.socket(fileno=arguments.channel))
+    board = ProgressBoard.attach(arguments.board)
     try:
         topology = load_topology(arguments.topology, arguments.set)
         configure(arguments.name, topology.logging)
         cpus = cores_of(topology)
         cores = pin(cpus[arguments.index] if arguments.index < len(cpus) else [])
-        context = EngineContext(topology, arguments.name, arguments.host, epoch, cores, channel, MonotonicClock())
+        context = EngineContext(
+            topology, arguments.name, arguments.host, epoch, cores, channel, board, MonotonicClock()
+        )
         handler, ready = build(context)
         forget_garbage()
         channel.send(ready)
-        StepLoop(handler, channel, context.clock).run()
+        StepLoop(handler, channel, context.clock, board).run()
     except ControlGone:
         return 0
     except Exception as error:
@@ -87,6 +89,7 @@ def main(program: str, cores_of: Callable[[Topology], Cores], build: Build) -> i
 def _parse(program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {program}")
     parser.add_argument("--channel", type=int, required=True, help="file descriptor of the control process's socket")
+    parser.add_argument("--board", type=int, required=True, help="file descriptor of the shared progress board")
     parser.add_argument("--topology", required=True)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--index", type=int, required=True)

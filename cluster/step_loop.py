@@ -7,9 +7,8 @@ from typing import Protocol
 from cluster.clock import Clock
 from cluster.engine_messages import EngineLoad, EngineMessage, Stop
 from cluster.ipc import ControlGone, EngineChannel
-from cluster.messages import (
-    Load,
-)
+from cluster.messages import Load
+from cluster.progress_board import ProgressBoard
 
 IDLE_SECONDS = 0.25
 """How long an idle loop sleeps when nobody wakes it: its load report is at most this old."""
@@ -32,12 +31,13 @@ class StepHandler(Protocol):
 
 
 class StepLoop:
-    """Drives a `StepHandler` until `Stop` or until the control process is gone."""
+    """Drives a `StepHandler` until `Stop` or until the control process is gone; marks each turn on the board."""
 
-    def __init__(self, handler: StepHandler, channel: EngineChannel, clock: Clock) -> None:
+    def __init__(self, handler: StepHandler, channel: EngineChannel, clock: Clock, board: ProgressBoard) -> None:
         self._handler = handler
         self._channel = channel
         self._clock = clock
+        self._board = board
         self._reported: Load | None = None
         self._report_at = 0.0
 
@@ -55,7 +55,11 @@ class StepLoop:
             if isinstance(message, Stop):
                 return False
             self._handler.handle(message, self._clock.now())
-        busy = self._handler.step(self._clock.now())
+        now = self._clock.now()
+        self._board.step_begins(now)
+        busy = self._handler.step(now)
+        self._board.step_ends()
+        self._board.advance()
         self._report(idle=not busy)
         if busy:
             self._channel.flush()

@@ -88,7 +88,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             prefix_cache=topology.kv.prefix_cache,
             threads=threads,
             kernels=topology.model.kernels,
-            **msgspec.structs.asdict(pool.scheduling),
+            **_scheduling(pool.scheduling, unified=topology.unified),
         )
 
 
@@ -123,7 +123,8 @@ class StepResult(NamedTuple):
 class Engine:
     """See the module's docstring. Raises `ModelError` or `ConfigError` when it can't be made."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, on_layer: Callable[[], None] = lambda: None) -> None:
+        """`on_layer` is called after each layer of a step: a worker tells by it that it gets on."""
         files = open_model(config.model_path, config.weights)
         architecture = files.config
         device = open_device(config.device, config.threads)
@@ -142,6 +143,7 @@ class Engine:
         self.steps = 0
         """Steps since the start: grows while the engine makes progress."""
         self._config = config
+        self._on_layer = on_layer
         self._cache = KVCache(self.layout, config.pool_pages + TRIAL_PAGES, device)
         self._decoder = make_decoder(config.kernels, architecture, files.weights, self._cache, config.threads)
         self.prefixes = PrefixCache(self.ledger, config.page_size, enabled=config.prefix_cache)
@@ -262,8 +264,13 @@ class Engine:
         """Computes the step, and samples. `between_layers` is called some dozen times meanwhile; it must be quick, and
         keep its hands off this engine."""
         sequences = plan.sampling
+
+        def after_layer() -> None:
+            self._on_layer()
+            between_layers()
+
         with torch.inference_mode():
-            choices = choose(self._decoder.forward(build_step(plan.chunks), between_layers), sequences)
+            choices = choose(self._decoder.forward(build_step(plan.chunks), after_layer), sequences)
         prefills = [chunk for chunk in plan.chunks if chunk.prefills]
         offsets = [len(sequence.output) for sequence in sequences]
         finished = self._scheduler.commit(plan, [choice.token for choice in choices])
@@ -279,8 +286,9 @@ class Engine:
             prefill_tokens=sum(chunk.stop - chunk.start for chunk in prefills),
         )
 
-    def warm_up(self) -> None:
-        """Computes steps of all sizes, so that the first request finds kernels, memory and threads ready."""
+    def warm_up(self) -> Speed:
+        """Computes steps of all sizes, so that the first request finds kernels, memory and threads ready; and measures
+        them, when they are."""
         owner = Owner(OwnerKind.WARMUP, WARM_UP)
         config, context = self._config, min(self.model.context_length, self.ledger.total * self.layout.page_size)
         tokens = min(config.chunk_tokens, context)
@@ -291,7 +299,19 @@ class Engine:
                 self._warm_up_step(pages, [length])
             for batch in series(min(config.max_running, len(pages)), ROWS):
                 self._warm_up_step(pages, [1] * min(batch, len(pages)))
+            chunk_seconds, step_seconds = (self._time_step(pages, length) for length in (tokens, 1))
         self.ledger.release(owner)
+        token_seconds = max(0.0, chunk_seconds - step_seconds) / max(1, tokens - 1)
+        return Speed(step_seconds, token_seconds, self._pacing.budget(decodes=1))
+
+    def _time_step(self, pages: list[int], length: int) -> float:
+        """Seconds of the fastest of some: the others were disturbed."""
+        seconds = []
+        for _ in range(TIMED_STEPS):
+            begun = time.perf_counter()
+            self._warm_up_step(pages, [length])
+            seconds.append(time.perf_counter() - begun)
+        return min(seconds)
 
     def _warm_up_step(self, pages: list[int], lengths: list[int]) -> None:
         """One step of prompts of these lengths, each from a page of its own on."""
@@ -300,6 +320,14 @@ class Engine:
         for first, chunk in enumerate(chunks):
             chunk.sequence.pages = pages[first:]
         choose(self._decoder.forward(build_step(chunks)), [chunk.sequence for chunk in chunks])
+
+
+def _scheduling(section: PrefillScheduling | DecodeScheduling, *, unified: bool) -> dict[str, Any]:
+    """Its keys, with what depends on the topology filled in."""
+    keys = msgspec.structs.asdict(section)
+    if keys.get("conservativeness", 0.0) is None:
+        keys["conservativeness"] = 0.0 if unified else 1.0
+    return keys
 
 
 def _context_length(config: EngineConfig, models_own: int) -> int:

@@ -160,7 +160,8 @@ class TransferDriver:
         self._trials: deque[tuple[str, WriteHandle]] = deque()
         self._peers: dict[str, _Peer] = {}
         self._writes: deque[_Write] = deque()
-        self._expected: set[Fence] = set()
+        self._expected: dict[Fence, float] = {}
+        """Since when."""
         self._settling: dict[Fence, _Settling] = {}
 
     @property
@@ -168,21 +169,29 @@ class TransferDriver:
         """Whether `turn` has anything to drive."""
         return bool(self._writes or self._trials or self._expected or self._settling)
 
+    @property
+    def oldest(self) -> float | None:
+        """When the oldest of what is under way began: a write of ours, or a peer's that we expect."""
+        begun = [next(iter(self._expected.values()))] if self._expected else []
+        if self._writes:
+            begun.append(self._writes[0].started)
+        return min(begun, default=None)
+
     def take(self, command: Command) -> list[Result]:
         """Carries out one command, as far as it goes without waiting."""
         if isinstance(command, PostWrites):
             return self._post(command)
         if isinstance(command, ComputeDigests):
-            self._expected.discard(command.fence)
+            self._expected.pop(command.fence, None)
             return [DigestsComputed(command.fence, self._digests(command.pages))]
         if isinstance(command, Connect):
             self._connect(command)
         elif isinstance(command, Disconnect):
             self._disconnect(command.peer)
         elif isinstance(command, ExpectWrites):
-            self._expected.add(command.fence)
+            self._expected.setdefault(command.fence, self._clock.now())
         else:
-            self._expected.discard(command.fence)
+            self._expected.pop(command.fence, None)
             self._settling[command.fence] = _Settling(self._clock.now() + SETTLE_SECONDS)
         return []
 

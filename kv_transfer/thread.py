@@ -24,7 +24,8 @@ class TransferThread:
     """Runs a `TransferDriver`. `post`, `results`, `wait` and `close` are for the step loop; the last two block.
 
     `wake` is called on this thread after results have arrived, and when the thread dies of an error; it must not block.
-    `digester` None: no digests. `trial_page`: see `TransferDriver`.
+    `digester` None: no digests. `trial_page`: see `TransferDriver`. `on_look` is called on this thread each time it has
+    looked after what is under way, with the time at which the oldest of it began: as long as it is, the thread lives.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class TransferThread:
         clock: Clock,
         wake: Callable[[], None],
         trial_page: int | None = None,
+        on_look: Callable[[float | None], None] = lambda oldest: None,
     ) -> None:
         self.name = backend.name
         self.descriptor = backend.descriptor
         self._driver = TransferDriver(backend, digester, clock, trial_page)
         self._wake = wake
+        self._on_look = on_look
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._results: deque[Result] = deque()
         self._arrived = threading.Event()
@@ -95,6 +98,7 @@ class TransferThread:
                 results += self._driver.turn()
             else:
                 self._driver.idle()
+            self._on_look(self._driver.oldest)
             if results:
                 nap = SHORTEST_NAP
                 self._results.extend(results)

@@ -21,15 +21,17 @@ from prefill_worker.prefill_loop import PrefillLoop
 def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     """Loads the model, registers its pool, warms up. Raises `ConfigError` for what can't work."""
     topology, section, epoch = context.topology, context.topology.prefill, context.epoch
-    engine = Engine(EngineConfig.from_topology(topology, section, threads=len(context.cores)))
-    engine.warm_up()
+    engine = Engine(EngineConfig.from_topology(topology, section, threads=len(context.cores)), context.board.advance)
+    speed = engine.warm_up()
     pool = PoolMemory(engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes)
     backend = open_backend(topology.kv.transfer, f"{context.name}-{epoch}", pool, context.host)
     check = topology.kv.verify_digests
     digester = PageDigests(pool) if check else None
-    thread = TransferThread(backend, digester, context.clock, context.channel.wake, pool.trial_page)
+    thread = TransferThread(
+        backend, digester, context.clock, context.channel.wake, pool.trial_page, context.board.transfers_seen
+    )
     sender = HandoffSender(thread, engine.layout, context.send_to_peer, context.clock, check, epoch=epoch)
-    ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current())
+    ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current(), speed)
     loop = PrefillLoop(engine, sender, context.send, context.channel.receive_only, context.clock, epoch, thread.close)
     return ProfiledSteps(loop, lambda: engine.steps, context.send), ready
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from bootstrap.roster_state import MemberMachine
+from cluster.health_state import WorkerHealth
 from cluster.state_machine import StateMachine
 from decode_worker.decode_state import DecodeMachine
 from kv_transfer.receiver_state import ReceiverLease
@@ -22,6 +23,7 @@ MACHINES: tuple[type[StateMachine], ...] = (
     ReceiverLease,
     DecodeMachine,
     MemberMachine,
+    WorkerHealth,
 )
 _BLOCK = re.compile(r"(<!-- state tables: begin -->\n).*(<!-- state tables: end -->)", re.DOTALL)
 

@@ -13,9 +13,8 @@ from cluster.clock import ManualClock
 from cluster.engine_messages import EngineLoad, RouterGone, Stop
 from cluster.errors import UnknownMessage
 from cluster.ipc import ControlChannel, ControlGone, EngineChannel, Unframer, frame
-from cluster.messages import (
-    Load,
-)
+from cluster.messages import Load
+from cluster.progress_board import ProgressBoard
 from cluster.step_loop import StepLoop
 
 MESSAGES = [RouterGone("a"), RouterGone("b" * 100_000), Stop()]
@@ -120,6 +119,13 @@ async def test_the_control_side_gets_messages_in_order_and_then_the_end(ends):
     control.close()
 
 
+@pytest.fixture
+def board():
+    board = ProgressBoard.create()
+    yield board
+    board.close()
+
+
 class CountingHandler:
     """Has `work` steps to do."""
 
@@ -144,19 +150,19 @@ class CountingHandler:
         self.closed += 1
 
 
-def test_the_loop_works_reports_when_idle_and_stops_on_demand(ends):
+def test_the_loop_works_reports_when_idle_and_stops_on_demand(ends, board):
     ours, theirs = ends
     handler = CountingHandler(work=2)
     ours.sendall(frame(RouterGone("r")) + frame(Stop()))
-    StepLoop(handler, EngineChannel(theirs), ManualClock()).run()
+    StepLoop(handler, EngineChannel(theirs), ManualClock(), board).run()
     assert handler.handled == [RouterGone("r")]
     assert handler.closed == 1
 
 
-def test_an_idle_loop_says_so_at_once(ends):
+def test_an_idle_loop_says_so_at_once(ends, board):
     ours, theirs = ends
     handler = CountingHandler(work=3)
-    loop = threading.Thread(target=StepLoop(handler, EngineChannel(theirs), ManualClock()).run)
+    loop = threading.Thread(target=StepLoop(handler, EngineChannel(theirs), ManualClock(), board).run)
     loop.start()
     ours.settimeout(10)
     unframer, loads = Unframer(), []
@@ -166,3 +172,19 @@ def test_an_idle_loop_says_so_at_once(ends):
     loop.join(10)
     assert loads[-1] == EngineLoad(Load(running=0))
     assert handler.closed == 1, "the end of the control process ends the loop"
+
+
+def test_each_turn_is_marked_and_so_is_the_step_under_way(ends, board):
+    ours, theirs = ends
+    seen = []
+
+    class Looking(CountingHandler):
+        def step(self, now):
+            seen.append(board.read())
+            if len(seen) == 3:
+                ours.sendall(frame(Stop()))
+            return super().step(now)
+
+    StepLoop(Looking(work=1), EngineChannel(theirs), ManualClock(start=7.0), board).run()
+    assert [(progress.engine, progress.step_began) for progress in seen] == [(0, 7.0), (1, 7.0), (2, 7.0)]
+    assert board.read().step_began is None

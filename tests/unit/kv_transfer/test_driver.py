@@ -141,6 +141,22 @@ def test_the_backend_is_driven_exactly_while_a_peer_may_write(setup):
     assert not setup.driver.busy
 
 
+def test_the_oldest_of_what_is_under_way_is_known(setup):
+    setup.fabric.hold = True
+    assert setup.driver.oldest is None
+    setup.clock.advance(1.0)
+    setup.driver.take(setup.write())
+    setup.clock.advance(1.0)
+    setup.driver.take(ExpectWrites(fence()))
+    setup.driver.turn()
+    assert setup.driver.oldest == 1.0
+    setup.fabric.release()
+    setup.driver.turn()
+    assert setup.driver.oldest == 2.0
+    setup.driver.take(ComputeDigests(fence(), ()))
+    assert setup.driver.oldest is None
+
+
 def test_settling_takes_both_time_and_turns(setup):
     setup.driver.take(ExpectWrites(fence()))
     setup.driver.take(Settle(fence()))

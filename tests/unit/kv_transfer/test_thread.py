@@ -1,6 +1,7 @@
 """The transfer thread: results arrive and wake, errors surface, nothing waits."""
 
 import threading
+from queue import SimpleQueue
 
 import pytest
 
@@ -80,3 +81,12 @@ def test_close_carries_out_what_was_posted_and_leaves_the_fabric(setup):
     setup.thread.close()
     assert "ours" not in setup.fabric.alive
     assert len(setup.thread.results()) == 1
+
+
+def test_an_idle_thread_tells_that_it_lives():
+    seen: SimpleQueue[float | None] = SimpleQueue()
+    pool = Pool(4)
+    backend = MemoryBackend(MemoryFabric(), "ours", pool.memory)
+    thread = TransferThread(backend, None, MonotonicClock(), wake=lambda: None, on_look=seen.put)
+    assert [seen.get(timeout=BOUND) for _ in range(2)] == [None, None]
+    thread.close()

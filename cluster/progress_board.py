@@ -1,0 +1,91 @@
+"""A page of memory that a worker's two processes share: the engine process marks its progress, its parent reads it.
+
+Messages can't tell of progress: in a long step the engine's main thread says nothing for half a minute, and a thread
+that hangs says nothing for ever. A mark costs a tenth of a microsecond and never waits. Each slot has one writing
+thread and is one aligned word, so that a reader sees an old value or a new one, nothing in between.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import msgspec
+
+_PAGE_BYTES = mmap.PAGESIZE
+_ENGINE, _TRANSFERS = 0, 1
+_STEP, _TRANSFER = 0, 1
+_MOMENTS = 64
+"""Where the moments begin: a cache line behind the counters."""
+_NEVER = 0.0
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """What the board shows at one moment. Moments are of the host's monotonic clock."""
+
+    engine: int = 0
+    """Grows with each turn of the step loop, idle or not, and with each layer of a step."""
+    transfers: int = 0
+    """Grows with each look of the transfer thread at what is under way, and when nothing is, twice a second."""
+    step_began: float | None = None
+    """Of the step under way."""
+    oldest_transfer: float | None = None
+    """When the oldest transfer that is not over began."""
+
+
+class ProgressBoard:
+    """Made by the control process with `create`, found by the engine process with `attach`. `close` unmaps it here."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        """Of the page; inherited by the engine process."""
+        self._page = mmap.mmap(descriptor, _PAGE_BYTES)
+        self._counters = memoryview(self._page)[:_MOMENTS].cast("q")
+        self._moments = memoryview(self._page)[_MOMENTS : 2 * _MOMENTS].cast("d")
+
+    @classmethod
+    def create(cls) -> ProgressBoard:
+        """All zero: no step, no transfer. Linux only."""
+        descriptor = os.memfd_create("baton-progress")
+        os.ftruncate(descriptor, _PAGE_BYTES)
+        return cls(descriptor)
+
+    @classmethod
+    def attach(cls, descriptor: int) -> ProgressBoard:
+        return cls(descriptor)
+
+    # --- the engine process, step loop -------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """A turn of the loop, or a layer of a step, is done."""
+        self._counters[_ENGINE] += 1
+
+    def step_begins(self, now: float) -> None:
+        self._moments[_STEP] = now
+
+    def step_ends(self) -> None:
+        self._moments[_STEP] = _NEVER
+
+    # --- the engine process, transfer thread -------------------------------------------------------------------------
+
+    def transfers_seen(self, oldest: float | None) -> None:
+        """The thread has looked after its transfers; `oldest` is when the oldest of them began."""
+        self._counters[_TRANSFERS] += 1
+        self._moments[_TRANSFER] = _NEVER if oldest is None else oldest
+
+    # --- the control process -----------------------------------------------------------------------------------------
+
+    def read(self) -> Progress:
+        return Progress(
+            self._counters[_ENGINE],
+            self._counters[_TRANSFERS],
+            self._moments[_STEP] or None,
+            self._moments[_TRANSFER] or None,
+        )
+
+    def close(self) -> None:
+        """The page itself lives as long as a process has it."""
+        self._counters.release()
+        self._moments.release()
+        self._page.close()
+        os.close(self.descriptor)
