@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import time
 
 import aiohttp
-from aiohttp import web
 
+from cluster.access.security import ClusterSecurity, require_protection
+from cluster.access.tls import server_context
 from cluster.clock import Clock, MonotonicClock
 from cluster.config import Topology
-from cluster.errors import ConfigError
+from cluster.http_server import HttpServer, PortLimits
 from cluster.logging import get_logger
 from cluster.metrics import RouterMetrics
 from cluster.model_files import resolve_model
 from cluster.process import forget_garbage
 from cluster.server_process import run_until_stopped
+from router.api.access import open_api_keys
 from router.api.app import build_app
 from router.api.generation import GenerationApi
 from router.api.operations import OperationsApi
@@ -73,21 +74,24 @@ class RouterServer:
             records,
             self.metrics,
         )
-        self.application = build_app(self._generation, operations, self.metrics, config.max_body_bytes)
-        self._runner = web.AppRunner(
-            self.application, access_log=None, handler_cancellation=True, shutdown_timeout=GRACE_SECONDS
+        keys = open_api_keys(config, clock)
+        if keys is None:
+            means = "API keys: set router.api_keys_file"
+            require_protection(config.host, "router.host", topology.security, means, config.api_keys_variable)
+        self.application = build_app(self._generation, operations, self.metrics, config, keys)
+        limits = config.limits
+        self._server = HttpServer(
+            self.application,
+            GRACE_SECONDS,
+            server_context(config.tls, "router.tls"),
+            PortLimits(limits.connections, limits.header_bytes, limits.idle_seconds),
+            handler_cancellation=True,
         )
 
     async def start(self) -> str:
-        """Listens; returns the URL. Raises `ConfigError` if the port is taken."""
-        host, port = self._topology.router.host, self._topology.router.port
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, host, port, backlog=1024).start()
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise ConfigError(f"can't listen on {host}:{port}: {reason}; set router.port to a free one") from error
-        url = f"http://{host}:{self._runner.addresses[0][1]}"
+        """Listens; returns the URL. Raises `ConfigError` if it can't."""
+        config = self._topology.router
+        url = await self._server.start(config.host, config.port, "set router.port to a free one")
         log.info("listening", url=url, model=self._topology.served_model, router=self.router_id)
         return url
 
@@ -98,7 +102,7 @@ class RouterServer:
     async def stop(self) -> None:
         """No new requests; those under way get `GRACE_SECONDS`, then they are cancelled."""
         self._generation.draining = True
-        await self._runner.cleanup()
+        await self._server.stop()
         await self.fleet.close()
 
 
@@ -106,7 +110,7 @@ async def serve(topology: Topology) -> None:
     """Serves until SIGTERM or SIGINT. Raises `ConfigError` if the router can't start."""
     text = await asyncio.to_thread(load_model_text, resolve_model(topology.model.path))
     forget_garbage()
-    async with aiohttp.ClientSession() as session:
+    async with ClusterSecurity(topology.security).session() as session:
         server = RouterServer(topology, text, session)
         try:
             await server.start()

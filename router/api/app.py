@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from cluster.access.keys import KeyRing
+from cluster.config import Router
 from cluster.metrics import RouterMetrics
+from router.api.access import access_middleware
 from router.api.errors import error_middleware
 from router.api.generation import GenerationApi
 from router.api.identity import identity_middleware, tell_identity
@@ -12,10 +15,13 @@ from router.api.operations import OperationsApi
 
 
 def build_app(
-    generation: GenerationApi, operations: OperationsApi, metrics: RouterMetrics, max_body_bytes: int
+    generation: GenerationApi, operations: OperationsApi, metrics: RouterMetrics, config: Router, keys: KeyRing | None
 ) -> web.Application:
     """The application; serve it with `handler_cancellation`, so that a client's disconnect cancels its handler."""
-    app = web.Application(client_max_size=max_body_bytes, middlewares=[identity_middleware, error_middleware(metrics)])
+    middlewares = [identity_middleware, error_middleware(metrics)]
+    if keys is not None:
+        middlewares.append(access_middleware(keys, open_probes=config.open_probes))
+    app = web.Application(client_max_size=config.max_body_bytes, middlewares=middlewares)
     app.on_response_prepare.append(tell_identity)
     app.router.add_post("/v1/chat/completions", generation.chat)
     app.router.add_post("/v1/completions", generation.completion)

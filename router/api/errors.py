@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from cluster.errors import (
@@ -13,6 +13,7 @@ from cluster.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    Unauthorized,
 )
 from cluster.logging import get_logger
 from cluster.metrics import RouterMetrics
@@ -27,7 +28,11 @@ def error_body(error: BatonError) -> ErrorBody:
 
 
 def error_response(error: BatonError) -> web.Response:
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, AvailabilityError) else {}
+    headers: dict[str, str] = {}
+    if isinstance(error, AvailabilityError):
+        headers[hdrs.RETRY_AFTER] = str(error.retry_after)
+    elif isinstance(error, Unauthorized):
+        headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
     body = msgspec.json.encode(error_body(error))
     return web.Response(body=body, status=error.status, headers=headers, content_type="application/json")
 

@@ -36,7 +36,9 @@ _TYPES = (
 )
 _ERRORS = {
     400: "The request is malformed, out of range, or does not fit the context or the KV pool",
+    401: "An API key is needed, and none or a wrong one was shown",
     404: "There is no such model, request or URL",
+    408: "The body did not arrive in time",
     413: "The body is too large",
     415: "The body is not application/json",
     429: "A bounded queue is full",
@@ -91,7 +93,7 @@ def _generating(name: str, body: type, answer: type, chunk: type) -> Schema:
     events = f"with `stream` true, server-sent events whose data is a `{chunk.__name__}` each, the last one `[DONE]`"
     answers = _response(f"The answer; {events}", _ref(answer))
     answers["content"]["text/event-stream"] = {}
-    operation = _operation(name, {"200": answers, **_errors(400, 404, 413, 415, 429, 500, 503)})
+    operation = _operation(name, {"200": answers, **_errors(400, 401, 404, 408, 413, 415, 429, 500, 503)})
     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
     operation["parameters"] = [
         {
@@ -106,7 +108,7 @@ def _generating(name: str, body: type, answer: type, chunk: type) -> Schema:
 
 
 def _reading(name: str, answer: type, parameter: str | None = None, errors: tuple[int, ...] = ()) -> Schema:
-    wanted = (*errors, 404) if parameter else errors
+    wanted = (401, *errors, 404) if parameter else (401, *errors)
     operation = _operation(name, {"200": _response("The answer", _ref(answer)), **_errors(*wanted)})
     if parameter:
         operation["parameters"] = [
