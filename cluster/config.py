@@ -207,10 +207,21 @@ class Recovery(Section, frozen=True):
     longest_breaker_seconds: Seconds = 30.0
 
 
+class BreakEven(Section, frozen=True):
+    """Prompts may be prefilled where they decode, see `router.break_even`."""
+
+    enabled: bool = False
+    """A request goes to a decode worker alone where that delays everybody less than handing over."""
+    delay_weight: Annotated[float, Meta(ge=0)] = 1.0
+    """What a second of longer steps for one who is reading counts, beside a second until a first token. Below 1: gaps
+    may grow, within what the conservativeness of `decode.scheduling` allows, for shorter queues."""
+
+
 class Router(Section, frozen=True):
     host: Text = "127.0.0.1"
     port: Port = 8000
     policy: PolicyName = PolicyName.LEAST_LOAD
+    break_even: BreakEven = BreakEven()
     default_max_tokens: Positive = 8192
     """Where a request names no limit (and the context leaves so much). Pages are kept for as many tokens as answers
     take, not for as many as they may: see `decode.scheduling.commit_quantile`."""
@@ -273,11 +284,11 @@ class DecodeScheduling(Section, frozen=True):
     """A request enters with pages for its prompt and for as many tokens as this share of recent answers stayed below
     (never more than its max_tokens). One that grows longer than the pool allows goes on later, elsewhere or here, with
     the same tokens. 1: pages for max_tokens, always."""
-    conservativeness: Share = 0.0
-    """Unified only: how far a step's prompt tokens give way to its decodes. 0: `chunk_tokens` at any time; 1: a handful
-    while others decode; between, see `engine.pacing`."""
+    conservativeness: Share | None = None
+    """How far a step's prompt tokens give way to its decodes. 0: `chunk_tokens` at any time; 1: a handful while others
+    decode; between, see `engine.pacing`. By default 0 in a unified cluster, and 1 beside a prefill pool."""
     prefill_delay_seconds: Delay = 0.0
-    """Unified only: for so long new prompts may be held back while others decode, to be computed together."""
+    """For so long new prompts may be held back while others decode, to be computed together."""
     retract_every_steps: NonNegative = 0
     """For tests: retracts the youngest that decodes after so many steps, again and again, pages or not. 0: never."""
 

@@ -27,6 +27,7 @@ from cluster.messages import (
     PeerHello,
     PrefillAttempt,
     ProcessIdentity,
+    Speed,
     Tokens,
 )
 
@@ -40,6 +41,7 @@ class EngineReady(Message, frozen=True):
     pool_pages: int
     descriptor: bytes
     process: ProcessIdentity
+    speed: Speed
 
 
 class EngineFailed(Message, frozen=True):

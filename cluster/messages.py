@@ -67,6 +67,17 @@ class ModelCard(msgspec.Struct, frozen=True):
     vocab_size: int
 
 
+class Speed(msgspec.Struct, frozen=True):
+    """What a worker measured at its start, alone: prices for whoever places requests."""
+
+    step_seconds: float
+    """A step that decodes one sequence."""
+    prompt_token_seconds: float
+    """What one prompt token adds to a step."""
+    prompt_tokens_beside_decodes: int
+    """The most in one step, see `engine.pacing`."""
+
+
 class Member(msgspec.Struct, frozen=True):
     """One worker instance as bootstrap knows it. `url` is http://host:port, reachable by the others."""
 
@@ -79,6 +90,7 @@ class Member(msgspec.Struct, frozen=True):
     transfer: str
     pool_pages: int
     max_running: int
+    speed: Speed | None = None
 
 
 class Load(msgspec.Struct, frozen=True):

@@ -1,13 +1,17 @@
-"""The control process of a worker, but for what its role adds: HTTP, the routers' links, the engine process.
+"""The control process of a worker, but for what its role adds: HTTP, the engine process, the links of its routers.
 
-A role (`prefill_worker.control`, `decode_worker.control`) composes this with its own connections: to bootstrap, and to
-the peers of the other pool. Everything here is relaying: no attempt's state lives in a control process.
+A role (`prefill_worker.control`, `decode_worker.control`) adds its connections to the peers of the other pool. Everything
+here is relaying: no attempt's state lives in a control process.
+
+The engine process is a child that may die, and is then started anew. All that is known of it under its epoch (member,
+hello, links, registration) ends with it: one `_live` is one life.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import msgspec
 from aiohttp import web
@@ -16,258 +20,297 @@ from cluster.access.security import ClusterSecurity
 from cluster.clock import MonotonicClock
 from cluster.config import Topology
 from cluster.engine_host import EngineHost
-from cluster.engine_messages import (
-    EngineLoad,
-    EngineReady,
-    FromRouter,
-    ProfileEnded,
-    ProfileReply,
-    RouterGone,
-    ToPeer,
-    ToRouter,
+from cluster.engine_messages import EngineLoad, EngineReady, ProfileEnded, ProfileReply, ToPeer, ToRouter
+from cluster.errors import BatonError, InvalidRequest, WorkerLost
+from cluster.health_state import (
+    LOOKS_PER_HEARTBEAT,
+    DrainAsked,
+    EngineDied,
+    EngineUp,
+    GiveUp,
+    HealthState,
+    KillEngine,
+    Looked,
+    Stalled,
+    StartEngine,
+    Tell,
+    WorkerHealth,
 )
-from cluster.errors import Draining, ProtocolError, UnknownMessage
 from cluster.http_server import HttpServer
-from cluster.layout import SCHEMA_VERSION
-from cluster.links import Link, LinkClosed, accept
 from cluster.logging import get_logger
-from cluster.messages import (
-    AttemptFailed,
-    AttemptFinished,
-    CancelAttempt,
-    DecodeAttempt,
-    Heartbeat,
-    Load,
-    Member,
-    Message,
-    PeerHello,
-    PrefillAttempt,
-    Refused,
-    Role,
-    RouterHello,
-    Tokens,
-    WorkerHello,
-)
+from cluster.messages import Load, Member, Message, PeerHello, Role
 from cluster.metrics import CONTENT_TYPE, WorkerMetrics, render
+from cluster.peers import PeerTable
+from cluster.process import EXIT_DONE, EXIT_RESTART
 from cluster.profiling import ProfileApi
+from cluster.progress_board import Progress
+from cluster.restarts import RestartBudget
+from cluster.router_links import RouterLinks
+from cluster.tasks import cancel, first_of, together
 
 log = get_logger(__name__)
-
-ATTEMPT_TYPES: Mapping[Role, type[PrefillAttempt] | type[DecodeAttempt]] = {
-    Role.PREFILL: PrefillAttempt,
-    Role.DECODE: DecodeAttempt,
-}
 
 SHUTDOWN_SECONDS = 1.0
 """For what is asked over HTTP at the end; attempts have ended before."""
 
 
-class WorkerShell:
-    """One worker's HTTP server and engine process. Made by `start`; `run` relays until the end; `close` in any case."""
+class EngineCommand(NamedTuple):
+    """How the engine process is started, see `EngineHost.start`."""
 
-    def __init__(self, name: str, role: Role, topology: Topology) -> None:
+    module: str
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+
+
+class Membership(Protocol):
+    """Bootstrap's knowledge of one life, see `bootstrap.client.Registration`."""
+
+    async def run(self) -> None:
+        """Until `leave`, or until cancelled. Raises if this worker is refused."""
+
+    async def leave(self, reason: str) -> None: ...
+
+
+Join = Callable[[Member], Membership]
+
+
+class DrainRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of `POST /drain`; may be empty."""
+
+    restart: bool = False
+    """End with the exit code that asks whoever started this process to start it anew."""
+
+
+class WorkerShell:
+    """One worker's HTTP server and engine process. `listen`, then `run`; `close` in any case."""
+
+    def __init__(self, name: str, role: Role, topology: Topology, command: EngineCommand) -> None:
         self.name = name
         self.role = role
         self.topology = topology
-        self._clock = MonotonicClock()
-        self.metrics = WorkerMetrics(name, role)
-        self.load = Load(ready=False)
-        self.member: Member | None = None
-        """Known once the engine process is ready."""
-        self.on_peer_message: Callable[[ToPeer], None] = lambda message: None
+        self.exit_code = EXIT_DONE
+        """What the process should end with, after `run` has ended without an error."""
         self.security = ClusterSecurity(topology.security)
+        self.metrics = WorkerMetrics(name, role)
+        self.peers = PeerTable(self.post, self.metrics.peers)
         self.app = web.Application()
+        self._command = command
+        self._clock = MonotonicClock()
+        self._budget = RestartBudget(topology.restarts)
+        self._health = WorkerHealth(
+            name, topology.bootstrap.heartbeat_seconds, topology.worker.stall_limit_seconds, self._budget
+        )
+        self._routers = RouterLinks(name, role, self.post, self.load, self.metrics, self._clock)
         self._engine: EngineHost | None = None
-        self._engine_ready: EngineReady | None = None
-        self._routers: dict[str, Link] = {}
+        self._membership: Membership | None = None
+        self._member: Member | None = None
+        self._reported = Load()
+        """By the engine process."""
+        self._drain_asked = asyncio.Event()
+        self._url = ""
+        self._profiles = ProfileApi(name, topology.logging.profile_dir, self.post, lambda: self._member is not None)
         self.security.guard(self.app, self.metrics.unauthorized)
         self._server = HttpServer(self.app, SHUTDOWN_SECONDS, self.security.server_tls)
-        self._draining = False
-        self.app.router.add_get("/health", self._health)
-        self.app.router.add_get("/ready", self._ready)
-        self.app.router.add_get("/live", self._live)
-        self.app.router.add_get("/metrics", self._render_metrics)
-        self.app.router.add_get("/server_info", self._server_info)
-        self.app.router.add_get("/router", self._serve_router)
-        self._profiles = ProfileApi(name, topology.logging.profile_dir, self.post, lambda: self.member is not None)
+        self._add_routes()
+
+    def _add_routes(self) -> None:
+        router = self.app.router
+        router.add_get("/health", self._ready)
+        router.add_get("/ready", self._ready)
+        router.add_get("/live", self._live)
+        router.add_get("/metrics", self._render_metrics)
+        router.add_get("/server_info", self._server_info)
+        router.add_get("/router", self._routers.serve)
+        router.add_post("/drain", self._drain)
         self._profiles.add_routes(self.app)
 
-    async def start(
-        self, host: str, port: int, module: str, arguments: Sequence[str], env: Mapping[str, str]
-    ) -> Member:
-        """Listens, starts the engine process and waits until it can work. Raises `ConfigError` if one can't."""
+    # --- for the role ------------------------------------------------------------------------------------------------
+
+    async def listen(self, host: str, port: int) -> None:
+        """Raises `ConfigError` if it can't, or may not."""
         self.security.require_for(host, f"{self.role.value}.host")
-        url = await self._server.start(host, port, "choose another port")
-        log.info("loading the model", model=self.topology.model.path, url=url)
-        self._engine = await EngineHost.start(module, arguments, env)
-        ready = self._engine_ready = await self._engine.ready()
+        self._url = await self._server.start(host, port, "choose another port")
+
+    async def run(self, join: Join) -> None:
+        """Works until it is drained. `join` makes a life's membership. Raises what the engine process could not start
+        with, `WorkerLost` when it has died too often, and what bootstrap refuses this worker with."""
+        await first_of(asyncio.ensure_future(self._lives(join)), asyncio.ensure_future(self._leave_when_asked()))
+
+    def ask_drain(self) -> None:
+        """Leads to the end of `run`: no new work, and what is under way finishes, or goes back to its routers."""
+        self._drain_asked.set()
+
+    def post(self, message: Message) -> None:
+        """To the engine process; while there is none, to nobody."""
+        if self._engine is not None:
+            self._engine.post(message)
+
+    async def close(self) -> None:
+        await self._server.stop()
+
+    # --- lives of the engine process ---------------------------------------------------------------------------------
+
+    async def _lives(self, join: Join) -> None:
+        """One after the other."""
+        while True:
+            death = await self._live(join)
+            if self._health.state is not HealthState.DRAINING:
+                log.error("the engine process ended", error=str(death), kind=type(death).__name__)
+            actions = self._health.handle(EngineDied(str(death)), self._clock.now())
+            for action in actions:
+                if isinstance(action, GiveUp):
+                    raise death if self._budget.restarts == 0 else WorkerLost(f"{death}; {action.verdict}")
+                if isinstance(action, StartEngine):
+                    self.metrics.engine_restarted()
+                    log.info("starting the engine process anew", seconds=action.after_seconds)
+                    await asyncio.sleep(action.after_seconds)
+            if not actions:
+                return
+
+    async def _live(self, join: Join) -> BatonError:
+        """One life; returns what it ended with."""
+        log.info("loading the model", model=self.topology.model.path, url=self._url)
+        command = self._command
+        engine = self._engine = await EngineHost.start(command.module, command.arguments, command.environment)
+        try:
+            member = self._begin(await engine.ready())
+            membership = self._membership = join(member)
+            relaying = asyncio.ensure_future(self._relay(engine))
+            beside = asyncio.ensure_future(together(membership.run(), self._look(engine), self._beat()))
+            try:
+                await asyncio.wait({relaying, beside}, return_when=asyncio.FIRST_COMPLETED)
+                if beside.done():
+                    beside.result()
+                return await relaying
+            finally:
+                await cancel(relaying, beside)
+        except BatonError as death:
+            if self._member is not None:
+                raise  # not the engine process's: bootstrap refuses us
+            return death
+        finally:
+            await self._end(engine)
+
+    def _begin(self, ready: EngineReady) -> Member:
         section = self.topology.prefill if self.role is Role.PREFILL else self.topology.decode
-        self.member = Member(
+        member = self._member = Member(
             worker=self.name,
             role=self.role,
             epoch=ready.epoch,
-            url=url,
+            url=self._url,
             layout=ready.layout,
             model=ready.model,
             transfer=self.topology.kv.transfer.value,
             pool_pages=ready.pool_pages,
             max_running=section.max_running,
+            speed=ready.speed,
         )
-        self.load = Load(pages_total=ready.pool_pages)
-        log.info("engine ready", epoch=ready.epoch, pages=ready.pool_pages, layout=ready.layout.fingerprint)
-        return self.member
-
-    def hello(self) -> PeerHello:
-        """How this worker introduces itself to the other pool; only after `start`."""
-        assert self.member is not None
-        assert self._engine_ready is not None
-        return PeerHello(
+        self._reported = Load(pages_total=ready.pool_pages)
+        hello = PeerHello(
             worker=self.name,
             role=self.role,
-            epoch=self.member.epoch,
-            layout=self.member.layout,
-            transfer=self.member.transfer,
-            descriptor=self._engine_ready.descriptor,
-            engine=self._engine_ready.process,
+            epoch=ready.epoch,
+            layout=ready.layout,
+            transfer=member.transfer,
+            descriptor=ready.descriptor,
+            engine=ready.process,
+        )
+        self._routers.open(member)
+        self.peers.open(hello)
+        self._handle(EngineUp())
+        log.info("engine ready", epoch=ready.epoch, pages=ready.pool_pages, layout=ready.layout.fingerprint)
+        return member
+
+    async def _end(self, engine: EngineHost) -> None:
+        """Everybody learns of the end at once; peers last, when the process is dead for certain."""
+        self._member, membership, self._membership = None, self._membership, None
+        self.metrics.observe_ready(ready=False)
+        self._profiles.engine_gone()
+        await asyncio.gather(
+            self._routers.close(), *([membership.leave("the engine process ended")] if membership else [])
+        )
+        self._engine = None
+        await engine.close()
+        await self.peers.close()
+
+    async def _relay(self, engine: EngineHost) -> BatonError:
+        """From the engine process to whom it concerns, until its end; returns how it ended."""
+        while True:
+            try:
+                messages = await engine.receive()
+            except BatonError as death:
+                return death
+            for message in messages:
+                if isinstance(message, ToRouter):
+                    self._routers.deliver(message)
+                elif isinstance(message, ToPeer):
+                    self.peers.send(message)
+                elif isinstance(message, EngineLoad):
+                    self._reported = message.load
+                    self.metrics.observe_load(message.load)
+                elif isinstance(message, ProfileReply):
+                    self._profiles.answer(message)
+                elif isinstance(message, ProfileEnded):
+                    log.info("profile written", file=message.file)
+
+    # --- health ------------------------------------------------------------------------------------------------------
+
+    def load(self) -> Load:
+        """What a heartbeat says: the engine process's own words, and what is seen of it."""
+        progress = self._progress()
+        oldest = progress.oldest_transfer
+        return msgspec.structs.replace(
+            self._reported,
+            ready=self._reported.ready and self._health.ready,
+            progress=progress.engine,
+            oldest_transfer_seconds=0.0 if oldest is None else max(0.0, self._clock.now() - oldest),
+            stalled=self._health.stalled,
+            draining=self._health.state is HealthState.DRAINING,
         )
 
-    def post(self, message: Message) -> None:
-        """To the engine process."""
-        if self._engine is not None:
-            self._engine.post(message)
+    def _progress(self) -> Progress:
+        return Progress() if self._engine is None else self._engine.board.read()
 
-    async def run(self) -> None:
-        """Relays until cancelled. Raises `WorkerLost` when the engine process dies."""
-        assert self._engine is not None
-        heartbeats = asyncio.create_task(self._heartbeats())
-        try:
-            while True:
-                for message in await self._engine.receive():
-                    if isinstance(message, ToRouter):
-                        self._to_router(message)
-                    elif isinstance(message, ToPeer):
-                        self.on_peer_message(message)
-                    elif isinstance(message, EngineLoad):
-                        self.load = message.load
-                        self.metrics.observe_load(message.load)
-                    elif isinstance(message, ProfileReply):
-                        self._profiles.answer(message)
-                    elif isinstance(message, ProfileEnded):
-                        log.info("profile written", file=message.file)
-        finally:
-            heartbeats.cancel()
-
-    async def close(self) -> None:
-        """Ends the links, the server and the engine process."""
-        self._draining = True
-        for link in list(self._routers.values()):
-            await link.close()
-        await self._server.stop()
-        if self._engine is not None:
-            await self._engine.close()
-
-    def _to_router(self, envelope: ToRouter) -> None:
-        link = self._routers.get(envelope.router)
-        message = envelope.message
-        if link is not None:
-            link.post(message)
-        if isinstance(message, Tokens):
-            self.metrics.observe_tokens(len(message.tokens))
-        elif isinstance(message, AttemptFinished):
-            self._observe_finished(message)
-        elif isinstance(message, AttemptFailed):
-            self.metrics.attempt_ended("failed")
-            log.warning("attempt failed", request=message.fence.request, error=message.error.message)
-
-    def _observe_finished(self, message: AttemptFinished) -> None:
-        self.metrics.attempt_ended(message.reason.value)
-        for prefill in (message.prefill, message.decode.prefill if message.decode else None):
-            if prefill is not None:
-                self.metrics.observe_prefill(prefill)
-        if message.handoff is not None:
-            self.metrics.observe_handoff(message.handoff)
-        if message.decode is not None:
-            self.metrics.observe_decode(message.decode)
-        log.info("attempt finished", request=message.fence.request, reason=message.reason.value)
-
-    async def _heartbeats(self) -> None:
-        assert self.member is not None
+    async def _beat(self) -> None:
         while True:
-            beat = Heartbeat(self.name, self.member.epoch, self.load)
-            for link in self._routers.values():
-                link.post(beat)
+            self._routers.beat()
+            self.metrics.observe_oldest_transfer(self.load().oldest_transfer_seconds)
             await asyncio.sleep(self.topology.bootstrap.heartbeat_seconds)
 
-    async def _serve_router(self, request: web.Request) -> web.StreamResponse:
-        """One router's link: attempts in, tokens out, heartbeats all along."""
-        link = await accept(request)
-        router: str | None = None
-        try:
-            hello = await link.receive()
-            router = self._admit_router(hello, link)
-            while True:
-                message = await link.receive()
-                if not isinstance(message, (ATTEMPT_TYPES[self.role], CancelAttempt)):
-                    raise UnknownMessage(f"{type(message).__name__} is not for a {self.role.value} worker")
-                log.debug("from router", kind=type(message).__name__, request=message.fence.request)
-                self.post(FromRouter(router, message, self._clock.now()))
-        except LinkClosed as closed:
-            log.info("router disconnected", router=router, reason=str(closed))
-        except (ProtocolError, Draining) as error:
-            log.warning("refused a router", router=router, error=str(error))
-            self.metrics.refused("router")
-            link.post(Refused(error.to_info()))
-        finally:
-            if router is not None and self._routers.get(router) is link:
-                del self._routers[router]
-                self.post(RouterGone(router))
-            await link.close()
-        return web.Response()
+    async def _look(self, engine: EngineHost) -> None:
+        while True:
+            for action in self._handle(Looked(engine.board.read())):
+                if isinstance(action, Stalled):
+                    log.warning("stalled", reason=action.reason)
+                    self.metrics.stalled(action.part.value)
+                elif isinstance(action, KillEngine):
+                    log.error("the engine process is killed", error=action.reason)
+                    engine.kill()
+            await asyncio.sleep(self.topology.bootstrap.heartbeat_seconds / LOOKS_PER_HEARTBEAT)
 
-    def _admit_router(self, hello: object, link: Link) -> str:
-        if not isinstance(hello, RouterHello):
-            raise UnknownMessage(f"expected RouterHello, got {type(hello).__name__}")
-        if hello.version != SCHEMA_VERSION:
-            raise UnknownMessage(
-                f"schema version {hello.version} is not ours ({SCHEMA_VERSION}): update the older side"
-            )
-        if self.member is None or self._draining:
-            raise Draining(f"{self.name} is not taking requests")
-        if hello.router in self._routers:
-            self.post(RouterGone(hello.router))
-        self._routers[hello.router] = link
-        link.post(WorkerHello(self.member))
-        link.post(Heartbeat(self.name, self.member.epoch, self.load))
-        log.info("router connected", router=hello.router)
-        return hello.router
+    def _handle(self, event: object) -> list[object]:
+        """Gives the event to the worker's health; what it wants told is told here."""
+        actions = self._health.handle(event, self._clock.now())
+        if any(isinstance(action, Tell) for action in actions):
+            self.metrics.observe_ready(ready=self._health.ready)
+            log.info("health", state=self._health.state.value, reason=self._health.reason)
+            self._routers.beat()
+        return list(actions)
 
-    async def _health(self, request: web.Request) -> web.Response:
-        return await self._ready(request)
+    async def _leave_when_asked(self) -> None:
+        await self._drain_asked.wait()
+        self._handle(DrainAsked())
+        if self._membership is not None:
+            await self._membership.leave("draining")
+        await self._routers.drain(self.topology.worker.drain_seconds)
+        log.info("drained")
+
+    # --- HTTP --------------------------------------------------------------------------------------------------------
 
     async def _ready(self, request: web.Request) -> web.Response:
         """200 when this worker can take work."""
-        ready = self.member is not None and self.load.ready and not self._draining
-        return web.json_response({"status": "ready" if ready else "not ready"}, status=200 if ready else 503)
+        ready = self._health.ready and self._reported.ready
+        return _status("ready" if ready else "not ready", self._health.reason, ok=ready)
 
-    async def _live(self, request: web.Request) -> web.Response:
-        """200 while this process answers; an engine process that dies ends it. Steps are not looked at yet."""
-        return web.json_response({"status": "live"})
-
-    async def _render_metrics(self, request: web.Request) -> web.Response:
-        return web.Response(body=render(self.metrics.registry), headers={"Content-Type": CONTENT_TYPE})
-
-    async def _server_info(self, request: web.Request) -> web.Response:
-        """What operators and other routers ask of a worker."""
-        section = self.topology.prefill if self.role is Role.PREFILL else self.topology.decode
-        body = {
-            "worker": self.name,
-            "model_path": self.topology.model.path,
-            "served_model_name": self.topology.served_model,
-            "tp_size": 1,
-            "dp_size": 1,
-            "disaggregation_mode": "null" if self.topology.unified else self.role.value,
-            "max_running_requests": section.max_running,
-            "member": self.member,
-            "load": self.load,
-        }
-        return web.Response(body=msgspec.json.encode(body), content_type="application/json")
+    async def _live(self_, request: web.Request) -> web.Response:  # noqa: N805
+        raise NotImplementedError

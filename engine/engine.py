@@ -8,17 +8,28 @@ is computed: `plan`, then `execute`; `step` is both.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 
-from cluster.config import Decode, Dtype, Kernels, Prefill, SchedulingPolicy, Topology, WeightsFrom
+from cluster.config import (
+    Decode,
+    DecodeScheduling,
+    Dtype,
+    Kernels,
+    Prefill,
+    PrefillScheduling,
+    SchedulingPolicy,
+    Topology,
+    WeightsFrom,
+)
 from cluster.errors import ConfigError, InvalidRequest, PromptTooLong
 from cluster.layout import KVLayout
-from cluster.messages import Fence, FinishReason, Logprobs, ModelCard, Sampling
+from cluster.messages import Fence, FinishReason, Logprobs, ModelCard, Sampling, Speed
 from cluster.model_files import resolve_model
 from engine.batch import build_step
 from engine.commitment import Commitments
@@ -39,6 +50,7 @@ __all__ = ["Engine", "EngineConfig", "Progress", "Sampled", "StepPlan", "StepRes
 
 TRIAL_PAGES = 1
 """Pages of the pool's memory that no ledger gives out: transfer connections are tried on the last page."""
+TIMED_STEPS = 3
 WARM_UP = Fence("warm-up", 0, 0, 0)
 """Key of the sequences that no request asked for."""
 
@@ -147,13 +159,16 @@ class Engine:
         self._cache = KVCache(self.layout, config.pool_pages + TRIAL_PAGES, device)
         self._decoder = make_decoder(config.kernels, architecture, files.weights, self._cache, config.threads)
         self.prefixes = PrefixCache(self.ledger, config.page_size, enabled=config.prefix_cache)
+        self._pacing = Pacing(
+            config.chunk_tokens, config.conservativeness, config.prefill_delay_seconds, fill=config.fill_steps
+        )
         self._scheduler = Scheduler(
             self.ledger,
             self.prefixes,
             config.page_size,
             config.max_running,
             make_policy(config.policy, config.ageing_seconds, self.prefixes),
-            Pacing(config.chunk_tokens, config.conservativeness, config.prefill_delay_seconds, fill=config.fill_steps),
+            self._pacing,
             Commitments(config.commit_quantile),
             config.retract_every_steps,
         )

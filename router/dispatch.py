@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from typing import NamedTuple, Union
 
 from cluster.clock import Clock
-from cluster.errors import AvailabilityError, BatonError, IllegalTransition, RequestError, WorkerLost, from_info
+from cluster.config import Recovery
+from cluster.errors import (
+    AvailabilityError,
+    BatonError,
+    IllegalTransition,
+    RequestError,
+    WorkerLost,
+    WorkerStalled,
+    from_info,
+)
 from cluster.logging import get_logger
 from cluster.messages import (
     AnyMessage,
@@ -21,16 +30,22 @@ from cluster.messages import (
     Emitted,
     Fence,
     FinishReason,
+    PrefillAttempt,
     Role,
     Sampling,
     Tokens,
 )
 from cluster.metrics import RouterMetrics
+from router.breaker_state import Event as BreakerEvent
+from router.breaker_state import LegBegan, LegBlamed, LegEnded, LegProved, LegSucceeded, Opened
+from router.breakers import Breakers
 from router.fleet import Fleet
+from router.hints import Hints
 from router.policies import Need, Placement
 from router.records import ChoiceTrace, RecordStore
 from router.request_state import (
     Action,
+    AttemptOver,
     Cancel,
     ClientGone,
     DeadlinePassed,
@@ -42,6 +57,7 @@ from router.request_state import (
     LegFailed,
     LegFinished,
     LegLost,
+    LegStalled,
     LegStarted,
     NotPlaced,
     PlaceAgain,
@@ -89,15 +105,21 @@ ChoiceEvent = Union[Delivered, Ended, Failed]
 class _Choice:
     """A machine, what the shell knows of it, and whom it delivers to."""
 
-    def __init__(self, index: int, spec: ChoiceSpec, trace: ChoiceTrace, generation: Generation) -> None:
+    def __init__(
+        self, index: int, spec: ChoiceSpec, trace: ChoiceTrace, generation: Generation, recovery: Recovery
+    ) -> None:
         self.index = index
         self.trace = trace
         self.generation = generation
-        self.machine = RequestMachine(trace.id, spec.prompt, spec.sampling, spec.priority)
+        self.machine = RequestMachine(trace.id, spec.prompt, spec.sampling, spec.priority, recovery)
         self.need = Need(len(spec.prompt), spec.sampling.max_tokens)
         """Of the attempt under way."""
         self.legs: dict[WorkerKey, Role] = {}
         """Where its legs are under way."""
+        self.wait: asyncio.TimerHandle | None = None
+        """Until it is placed again."""
+        self.prefilling_at: WorkerKey | None = None
+        """Where its prompt is being computed."""
         self._spec = spec
 
     def need_again(self) -> Need:
@@ -110,14 +132,22 @@ class _Choice:
 class Generation:
     """One request's choices. Read with `events` until each has `Ended` or one has `Failed`; then, always, `close`."""
 
-    def __init__(self, dispatcher: Dispatcher, specs: Sequence[ChoiceSpec], traces: Sequence[ChoiceTrace]) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, specs: Sequence[ChoiceSpec], traces: Sequence[ChoiceTrace], recovery: Recovery
+    ) -> None:
         self._dispatcher = dispatcher
         self._mailbox: list[ChoiceEvent] = []
         self._mail = asyncio.Event()
         self._deadline: asyncio.TimerHandle | None = None
         self.choices = [
-            _Choice(index, spec, trace, self) for index, (spec, trace) in enumerate(zip(specs, traces, strict=True))
+            _Choice(index, spec, trace, self, recovery)
+            for index, (spec, trace) in enumerate(zip(specs, traces, strict=True))
         ]
+
+    @property
+    def recoveries(self) -> int:
+        """How often a choice went on as another attempt, so far."""
+        return sum(max(0, choice.trace.attempts - 1) for choice in self.choices)
 
     async def events(self) -> list[ChoiceEvent]:
         """All that has happened since the last call; waits for something to happen."""
@@ -156,19 +186,29 @@ class Dispatcher:
     """All choices under way, by fence. Lives on the router's event loop."""
 
     def __init__(
-        self, fleet: Fleet, records: RecordStore, metrics: RouterMetrics, clock: Clock, timeout_seconds: float
+        self,
+        fleet: Fleet,
+        records: RecordStore,
+        metrics: RouterMetrics,
+        clock: Clock,
+        timeout_seconds: float,
+        recovery: Recovery,
     ) -> None:
         self._fleet = fleet
         self._records = records
         self._metrics = metrics
         self._clock = clock
         self._timeout_seconds = timeout_seconds
+        self._recovery = recovery
+        self._breakers = Breakers(recovery)
         self._choices: dict[Fence, _Choice] = {}
+        self._waiting: set[_Choice] = set()
+        """Between two attempts."""
 
     @property
     def in_flight(self) -> int:
         """Choices that are not forgotten yet."""
-        return len(self._choices)
+        return len(self._choices) + len(self._waiting)
 
     def begin(
         self, request: str, alias: str, specs: Sequence[ChoiceSpec], arrived: float, tokenize_seconds: float
@@ -181,11 +221,11 @@ class Dispatcher:
             ChoiceTrace(f"{request}-{index}", len(spec.prompt), arrived, tokenize_seconds)
             for index, spec in enumerate(specs)
         ]
-        generation = Generation(self, specs, traces)
+        generation = Generation(self, specs, traces, self._recovery)
         for choice in generation.choices:
             self._fleet.require(choice.need)
         for choice in generation.choices:
-            self._place(choice, self._fleet.place(choice.need))
+            self._place(choice, self._fleet.place(choice.need, Hints(shut=self._breakers.shut(self._clock.now()))))
         self._records.add(request, alias, traces)
         generation.start_deadline(self._timeout_seconds)
         return generation
@@ -210,6 +250,7 @@ class Dispatcher:
             for emitted in message.tokens:
                 choice = self._find(emitted.fence, "Tokens")
                 if choice is not None:
+                    self._note_prefilled(choice, emitted.fence)
                     self.handle(choice, TokensArrived([emitted]))
         elif isinstance(message, AttemptStarted | AttemptFinished | AttemptFailed):
             choice = self._find(message.fence, type(message).__name__)
@@ -220,10 +261,17 @@ class Dispatcher:
             log.warning("a worker sent what is not for routers", worker=key.worker, kind=type(message).__name__)
 
     def worker_lost(self, key: WorkerKey, reason: str) -> None:
-        for choice in [choice for choice in self._choices.values() if key in choice.legs]:
-            role = choice.legs[key]
-            error = WorkerLost(f"{role.value} worker {key.worker} was lost: {reason}")
-            self.handle(choice, LegLost(role, error))
+        for choice, role in self._legs_at(key):
+            self.handle(choice, LegLost(role, WorkerLost(f"{role.value} worker {key.worker} was lost: {reason}")))
+
+    def worker_stalled(self, key: WorkerKey, reason: str) -> None:
+        legs = self._legs_at(key)
+        log.warning("worker stalled", worker=key.worker, epoch=key.epoch, reason=reason, attempts=len(legs))
+        for choice, role in legs:
+            self.handle(choice, LegStalled(role, WorkerStalled(f"{role.value} worker {key.worker} stalled: {reason}")))
+
+    def _legs_at(self, key: WorkerKey) -> list[tuple[_Choice, Role]]:
+        return [(choice, choice.legs[key]) for choice in self._choices.values() if key in choice.legs]
 
     def _find(self, fence: Fence, kind: str) -> _Choice | None:
         choice = self._choices.get(fence)
@@ -231,6 +279,12 @@ class Dispatcher:
             # Not always an error: what a worker said before our cancel reached it ends up here, too.
             self._metrics.stale.labels(kind=kind).inc()
         return choice
+
+    def _note_prefilled(self, choice: _Choice, fence: Fence) -> None:
+        """An attempt's first token: its prompt keeps nobody waiting any more."""
+        if choice.prefilling_at is not None:
+            self._fleet.prefilled(choice.prefilling_at, fence)
+            choice.prefilling_at = None
 
     def _leg_word(self, choice: _Choice, message: AttemptStarted | AttemptFinished | AttemptFailed) -> None:
         trace = choice.trace
@@ -240,6 +294,8 @@ class Dispatcher:
             # Later attempts find what the first one computed: that is no saving of this request's.
             if trace.attempts == 1:
                 trace.cached_tokens = max(trace.cached_tokens, message.cached_tokens)
+            if message.role is Role.DECODE:
+                self._tell_breaker(trace.decode_worker, message.role, LegProved(message.fence))
             self.handle(choice, LegStarted(message.role))
         elif isinstance(message, AttemptFinished):
             event = LegFinished(message.role, message.reason, message.prefill, message.handoff, message.decode)
@@ -252,23 +308,65 @@ class Dispatcher:
     def _place(self, choice: _Choice, placement: Placement) -> None:
         prefill, decode = placement.prefill, placement.decode
         trace = choice.trace
-        trace.prefill_worker = prefill.member.worker if prefill else None
-        trace.decode_worker = decode.member.worker if decode else None
-        trace.attempts += 1
-        if trace.placed_at is None:
-            trace.placed_at = self._clock.now()
-        self.handle(choice, Placed(prefill.key if prefill else None, decode.key if decode else None))
+        trace.placed(prefill and prefill.key.worker, decode and decode.key.worker, self._clock.now())
+        self.handle(choice, Placed(prefill and prefill.key, decode and decode.key))
         log.debug("placed", request=trace.id, prefill=trace.prefill_worker, decode=trace.decode_worker)
 
-    def _place_again(self, choice: _Choice, action: PlaceAgain) -> None:
+    def _attempt_over(self, choice: _Choice, action: AttemptOver, now: float) -> None:
         self._choices.pop(action.fence, None)
-        self._metrics.resumptions.labels(reason=action.reason.value).inc()
+        trace, culprit = choice.trace, action.worker and action.worker.worker
+        trace.interrupted(action.kind.value, action.error, culprit, now)
+        if action.error is None:
+            return
+        if culprit is not None and action.error.fault:
+            role = Role.PREFILL if culprit == trace.prefill_worker else Role.DECODE
+            self._tell_breaker(culprit, role, LegBlamed(action.fence))
+        log.warning(
+            "attempt failed",
+            request=trace.id,
+            attempt=action.fence.attempt,
+            error=action.error.message,
+            kind=type(action.error).__name__,
+            blame=culprit,
+            prefill=trace.prefill_worker,
+            decode=trace.decode_worker,
+            tokens=trace.history[-1].tokens,
+        )
+
+    def _wait(self, choice: _Choice, action: PlaceAgain) -> None:
+        if not action.after_seconds:
+            self._place_again(choice, action)
+            return
+        self._waiting.add(choice)
+        loop = asyncio.get_running_loop()
+        choice.wait = loop.call_later(action.after_seconds, self._place_again, choice, action)
+
+    def _place_again(self, choice: _Choice, action: PlaceAgain) -> None:
+        self._wait_no_more(choice)
+        hints = Hints(action.avoid, action.keep, self._breakers.shut(self._clock.now()))
         try:
-            placement = self._fleet.place(choice.need_again())
+            placement = self._fleet.place(choice.need_again(), hints)
         except (AvailabilityError, RequestError) as error:
             self.handle(choice, NotPlaced(error))
         else:
+            self._metrics.resumptions.labels(reason=choice.trace.history[-1].end).inc()
             self._place(choice, placement)
+
+    def _wait_no_more(self, choice: _Choice) -> None:
+        if choice.wait is not None:
+            choice.wait.cancel()
+            choice.wait = None
+        self._waiting.discard(choice)
+
+    def _tell_breaker(self, worker: str | None, role: Role, event: BreakerEvent) -> None:
+        if worker is None:
+            return
+        for action in self._breakers.handle((worker, role), event, self._clock.now()):
+            if isinstance(action, Opened):
+                self._metrics.breaker_trips.labels(worker=worker, role=role.value).inc()
+                log.warning("worker shut out", worker=worker, role=role.value, seconds=action.seconds)
+            else:
+                log.info("worker in use again", worker=worker, role=role.value)
 
     def _carry_out(self, choice: _Choice, action: Action, now: float) -> None:
         if isinstance(action, Deliver):
@@ -278,52 +376,45 @@ class Dispatcher:
         elif isinstance(action, Dispatch):
             self._choices[action.attempt.fence] = choice
             choice.legs[action.worker] = action.role
-            self._fleet.commit(action.worker, action.attempt.fence, choice.need)
+            prefills = isinstance(action.attempt, PrefillAttempt) or action.attempt.prefill is None
+            if prefills:
+                choice.prefilling_at = action.worker
+            self._fleet.commit(action.worker, action.attempt.fence, choice.need, prefills=prefills)
+            self._tell_breaker(action.worker.worker, action.role, LegBegan(action.attempt.fence))
             self._fleet.post(action.worker, action.attempt)
         elif isinstance(action, Cancel):
             self._fleet.post(action.worker, action.message)
         elif isinstance(action, Release):
             choice.legs.pop(action.worker, None)
             self._fleet.release(action.worker, action.fence)
+            over = LegSucceeded(action.fence) if action.well else LegEnded(action.fence)
+            self._tell_breaker(action.worker.worker, action.role, over)
         elif isinstance(action, Finish):
-            choice.trace.ended_at = now
-            choice.trace.finish_reason = action.reason.value
+            choice.trace.end(action.reason.value, now)
             choice.generation.deliver(Ended(choice.index, action.reason))
         elif isinstance(action, Fail):
             self._failed(choice, action, now)
+        elif isinstance(action, AttemptOver):
+            self._attempt_over(choice, action, now)
         elif isinstance(action, PlaceAgain):
-            self._place_again(choice, action)
+            self._wait(choice, action)
         elif isinstance(action, Forget):
             self._forget(choice, action, now)
 
     def _failed(self, choice: _Choice, action: Fail, now: float) -> None:
         trace = choice.trace
-        trace.ended_at = now
-        trace.finish_reason = "error"
+        trace.end("error", now)
         trace.error = type(action.error).__name__
         trace.blame = action.blame.value if action.blame else None
-        log.warning(
-            "attempt failed",
-            request=trace.id,
-            error=str(action.error),
-            kind=trace.error,
-            blame=trace.blame,
-            prefill=trace.prefill_worker,
-            decode=trace.decode_worker,
-        )
+        log.warning("request failed", request=trace.id, error=str(action.error), kind=trace.error, blame=trace.blame)
         choice.generation.deliver(Failed(choice.index, action.error))
 
     def _forget(self, choice: _Choice, action: Forget, now: float) -> None:
         if action.fence is not None:
             self._choices.pop(action.fence, None)
-        trace, machine = choice.trace, choice.machine
-        if trace.ended_at is None:
-            trace.ended_at = now
-            trace.finish_reason = FinishReason.CANCELLED.value
-        trace.prefill, trace.handoff, trace.decode = (
-            machine.prefill_timings,
-            machine.handoff_timings,
-            machine.decode_timings,
-        )
+        self._wait_no_more(choice)
+        trace, timings = choice.trace, choice.machine.timings
+        trace.end(FinishReason.CANCELLED.value, now)
+        trace.prefill, trace.handoff, trace.decode = timings.prefill, timings.handoff, timings.decode
         trace.seal()
         choice.generation.settle()

@@ -101,8 +101,11 @@ class Fleet:
         if link is not None:
             link.post(message)
 
-    def commit(self, key: WorkerKey, fence: Fence, need: Need) -> None:
-        self._view.commit(key, fence, need.prompt, need.output)
+    def commit(self, key: WorkerKey, fence: Fence, need: Need, *, prefills: bool) -> None:
+        self._view.commit(key, fence, need.prompt, need.output, prefills=prefills)
+
+    def prefilled(self, key: WorkerKey, fence: Fence) -> None:
+        self._view.prefilled(key, fence)
 
     def release(self, key: WorkerKey, fence: Fence) -> None:
         self._view.release(key, fence)

@@ -12,15 +12,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from cluster.messages import Fence, Heartbeat, Load, Member, Role
-from router.policies import Candidate, Snapshot
+from router.policies import Candidate, Commitment, Snapshot
 from router.request_state import WorkerKey
-
-
-class Commitment(msgspec.Struct, frozen=True):
-    """What one attempt of ours takes at a worker."""
-
-    tokens: int
-    pages: int
 
 
 class WorkerStatus(msgspec.Struct, frozen=True):
@@ -117,15 +110,23 @@ class FleetView:
         )
         return True
 
-    def commit(self, key: WorkerKey, fence: Fence, prompt: int, output: int) -> None:
-        """An attempt of ours goes there: `prompt` tokens to compute or receive, up to `output` to come."""
+    def commit(self, key: WorkerKey, fence: Fence, prompt: int, output: int, *, prefills: bool) -> None:
+        """An attempt of ours goes there: `prompt` tokens to compute (`prefills`) or to receive, up to `output` to
+        come."""
         worker = self._workers[key]
-        prefill = worker.member.role is Role.PREFILL or self._unified
         kept = prompt if worker.member.role is Role.PREFILL else prompt + output
-        commitment = Commitment(prompt if prefill else 0, worker.member.layout.pages_for(kept))
+        commitment = Commitment(prompt if prefills else 0, worker.member.layout.pages_for(kept))
         worker.commitments[fence] = commitment
         worker.tokens += commitment.tokens
         worker.pages += commitment.pages
+
+    def prefilled(self, key: WorkerKey, fence: Fence) -> None:
+        """Its prompt is computed: nobody waits for it any more."""
+        worker = self._workers.get(key)
+        commitment = worker.commitments.get(fence) if worker else None
+        if worker is not None and commitment is not None:
+            worker.commitments[fence] = commitment._replace(tokens=0)
+            worker.tokens -= commitment.tokens
 
     def release(self, key: WorkerKey, fence: Fence) -> None:
         """That attempt is over there. Of a worker that is gone it is ignored."""
@@ -204,4 +205,5 @@ def _candidate(key: WorkerKey, worker: _Worker) -> Candidate:
         attempts=foreign.attempts + len(worker.commitments),
         tokens=foreign.tokens + worker.tokens,
         pages=foreign.pages + worker.pages,
+        commitments=worker.commitments.values(),
     )

@@ -8,7 +8,7 @@ workers: the snapshot holds live ones only. To add a policy: a class with `place
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
@@ -16,6 +16,14 @@ from cluster.config import PolicyName
 from cluster.errors import NoWorker, PromptTooLong
 from cluster.messages import Member
 from router.request_state import WorkerKey
+
+
+class Commitment(NamedTuple):
+    """What one attempt takes at a worker."""
+
+    tokens: int
+    """Prompt tokens to compute there."""
+    pages: int
 
 
 class Candidate(NamedTuple):
@@ -28,6 +36,8 @@ class Candidate(NamedTuple):
     """Prompt tokens that it has yet to compute."""
     pages: int
     """Pages that are taken, or promised to requests under way."""
+    commitments: Collection[Commitment] = ()
+    """Of this router's attempts there, as they are now: to be looked at before anything changes."""
 
 
 class Snapshot(NamedTuple):

@@ -23,10 +23,11 @@ from router.api.app import build_app
 from router.api.generation import GenerationApi
 from router.api.operations import OperationsApi
 from router.api.plan import Planner
+from router.break_even import BreakEvenPolicy
 from router.dispatch import Dispatcher
 from router.fleet import Fleet
 from router.fleet_view import FleetView
-from router.policies import POLICIES
+from router.policies import POLICIES, Policy
 from router.records import RecordStore
 from router.text.model_text import ModelText, load_model_text
 
@@ -52,12 +53,14 @@ class RouterServer:
             topology.bootstrap_url,
             self.router_id,
             FleetView(topology.bootstrap.lease_seconds, unified=unified),
-            POLICIES[config.policy],
+            _policy(topology),
             clock,
             self.metrics,
         )
         records = RecordStore()
-        self.dispatcher = Dispatcher(self.fleet, records, self.metrics, clock, config.request_timeout_seconds)
+        self.dispatcher = Dispatcher(
+            self.fleet, records, self.metrics, clock, config.request_timeout_seconds, config.recovery
+        )
         self.fleet.listen(self.dispatcher)
         planner = Planner(topology.served_model, text, config, self.fleet.limits, clock, self.metrics)
         self._generation = GenerationApi(
@@ -104,6 +107,14 @@ class RouterServer:
         self._generation.draining = True
         await self._server.stop()
         await self.fleet.close()
+
+
+def _policy(topology: Topology) -> Policy:
+    config = topology.router
+    pairs = POLICIES[config.policy]
+    if not config.break_even.enabled:
+        return pairs
+    return BreakEvenPolicy(pairs, config.break_even, topology.prefill.scheduling.policy)
 
 
 async def serve(topology: Topology) -> None:

@@ -108,7 +108,7 @@ def test_a_mistake_in_the_file_is_pointed_at(write, text, message):
             "decode: {scheduling: {policy: fastest}}",
             "decode.scheduling.policy: expected one of first_come, shortest_first, .*, found the text .fastest",
         ),
-        ("decode: {scheduling: {conservativeness: 2}}", "decode.scheduling.conservativeness: .* from 0 to 1, found 2"),
+        ("decode: {scheduling: {conservativeness: 2}}", "decode.scheduling.conservativeness: .* from 0 to 1 or nothing, found 2"),
         (
             "prefill: {scheduling: {conservativeness: 1}}",
             "prefill.scheduling.conservativeness: unknown key; expected keys of prefill.scheduling: policy, ageing",

@@ -57,7 +57,9 @@ def test_a_burst_spreads_before_the_next_heartbeat_and_what_ends_counts_no_more(
     for number in range(8):
         placement = LeastLoad().place(view.snapshot(1.0), NEED, number)
         for side in placement:
-            view.commit(side.key, fence(str(number)), NEED.prompt, NEED.output)
+            view.commit(
+                side.key, fence(str(number)), NEED.prompt, NEED.output, prefills=side.member.role is Role.PREFILL
+            )
             counts[side.member.worker] = counts.get(side.member.worker, 0) + 1
     assert counts == {"p0": 4, "p1": 4, "d0": 4, "d1": 4}
     for number in range(8):
@@ -68,7 +70,7 @@ def test_a_burst_spreads_before_the_next_heartbeat_and_what_ends_counts_no_more(
 
 def test_our_own_work_is_not_counted_twice_when_a_heartbeat_reports_it():
     view = fleet(member("p0"), member("d0"))
-    view.commit(WorkerKey("p0", 1), fence("a"), 100, 50)
+    view.commit(WorkerKey("p0", 1), fence("a"), 100, 50, prefills=True)
     beat(view, "p0", queued=3, queued_tokens=250)
     (candidate,) = view.snapshot(1.0).prefill
     assert (candidate.tokens, candidate.attempts) == (250, 3)
