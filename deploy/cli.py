@@ -7,16 +7,15 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import aiohttp
 import msgspec
 import typer
 from rich.console import Console
 
-from cluster.config import Bootstrap, Router
+from cluster.config import Bootstrap, Router, Security
 from cluster.errors import BatonError, ConfigError
 from cluster.model_files import resolve_model
 from cluster.topology import dump_topology, load_topology
-from deploy.cluster_client import BootstrapClient, RouterClient, base_url
+from deploy.cluster_client import RouterClient, ask_bootstrap, ask_router, base_url
 from deploy.demo import run_demo
 from deploy.explain import waterfall
 from deploy.foreground import first_of, run_cluster
@@ -60,7 +59,7 @@ def up(
     console = _console()
 
     async def serve(session: Session, router: RouterClient) -> None:
-        url = base_url(topology.router.host, topology.router.port)
+        url = base_url(topology.router.host, topology.router.port, topology.router.tls.scheme)
         console.print(
             f"ready: {topology.served_model} at {url} (Ctrl-C stops it)", markup=False, highlight=False, soft_wrap=True
         )
@@ -96,11 +95,11 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the workers of a running cluster."""
-    config = load_topology(topology_path, overrides).bootstrap if topology_path else Bootstrap()
+    topology = load_topology(topology_path, overrides) if topology_path else None
+    config = topology.bootstrap if topology else Bootstrap()
 
     async def ask() -> None:
-        async with aiohttp.ClientSession() as http:
-            bootstrap = BootstrapClient(http, (url or base_url(config.host, config.port)).rstrip("/"))
+        async with ask_bootstrap(config, topology.security if topology else Security(), url) as bootstrap:
             workers = await bootstrap.workers()
         if as_json:
             print(msgspec.json.encode(workers).decode())
@@ -121,11 +120,11 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
     """Show where the time of one request went, stage by stage."""
-    config = load_topology(topology_path, overrides).router if topology_path else Router()
+    topology = load_topology(topology_path, overrides) if topology_path else None
+    config = topology.router if topology else Router()
 
     async def ask() -> None:
-        async with aiohttp.ClientSession() as http:
-            client = RouterClient(http, (router or base_url(config.host, config.port)).rstrip("/"))
+        async with ask_router(config, topology.security if topology else Security(), router) as client:
             record = await client.record(request)
         if as_json:
             print(msgspec.json.encode(record).decode())

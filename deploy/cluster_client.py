@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import aiohttp
 import msgspec
 
+from cluster.access.security import ClusterSecurity, router_session
+from cluster.config import Bootstrap, Router, Security
 from cluster.errors import LaunchError, NotFound
 from cluster.messages import DecodeTimings, HandoffTimings, MemberStatus, PrefillTimings
 
@@ -71,10 +74,26 @@ class _Workers(msgspec.Struct, frozen=True):
     workers: list[MemberStatus]
 
 
-def base_url(host: str, port: int) -> str:
+def base_url(host: str, port: int, scheme: str = "http") -> str:
     """The URL at which this machine reaches a server that listens on `host`, which may be all addresses."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+@asynccontextmanager
+async def ask_bootstrap(
+    config: Bootstrap, security: Security, url: str | None = None
+) -> AsyncIterator[BootstrapClient]:
+    """A client that knows the cluster's secret, at `url` or where `config` says. Raises `ConfigError`."""
+    async with ClusterSecurity(security).session() as http:
+        yield BootstrapClient(http, (url or base_url(config.host, config.port, security.tls.scheme)).rstrip("/"))
+
+
+@asynccontextmanager
+async def ask_router(config: Router, security: Security, url: str | None = None) -> AsyncIterator[RouterClient]:
+    """A client with an API key, at `url` or where `config` says. Raises `ConfigError`."""
+    async with router_session(config, security) as http:
+        yield RouterClient(http, (url or base_url(config.host, config.port, config.tls.scheme)).rstrip("/"))
 
 
 class BootstrapClient:

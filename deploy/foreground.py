@@ -8,14 +8,13 @@ import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import aiohttp
 from rich.console import Console
 
 from cluster.clock import MonotonicClock
 from cluster.config import Topology
 from cluster.errors import LaunchError
 from cluster.topology import dump_topology
-from deploy.cluster_client import BootstrapClient, RouterClient, base_url, observe
+from deploy.cluster_client import RouterClient, ask_bootstrap, ask_router, observe
 from deploy.display import make_display
 from deploy.launchers.local import LocalLauncher
 from deploy.plan import processes
@@ -34,9 +33,10 @@ async def run_cluster(
     directory = _run_directory(log_directory)
     topology_file = _write_topology(directory, topology)
     console.print(f"logs: {directory}", markup=False, highlight=False, soft_wrap=True)
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as http:
-        router = RouterClient(http, base_url(topology.router.host, topology.router.port))
-        bootstrap = BootstrapClient(http, base_url(topology.bootstrap.host, topology.bootstrap.port))
+    async with (
+        ask_router(topology.router, topology.security) as router,
+        ask_bootstrap(topology.bootstrap, topology.security) as bootstrap,
+    ):
         session = Session(
             processes(topology, topology_file),
             LocalLauncher(directory),

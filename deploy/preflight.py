@@ -8,6 +8,8 @@ import socket
 import msgspec
 import psutil
 
+from cluster.access.security import ClusterSecurity, open_api_keys
+from cluster.access.tls import server_context
 from cluster.config import Topology
 from cluster.errors import ConfigError
 from cluster.model_files import resolve_model
@@ -16,12 +18,22 @@ from cluster.model_files import resolve_model
 def prepare(topology: Topology) -> Topology:
     """The topology with a free port wherever it says 0. Raises `ConfigError` for what can't be started here."""
     resolve_model(topology.model.path)
+    _require_access(topology)
     bootstrap, router = topology.bootstrap, topology.router
     return msgspec.structs.replace(
         topology,
         bootstrap=msgspec.structs.replace(bootstrap, port=_free_port("bootstrap", bootstrap.host, bootstrap.port)),
         router=msgspec.structs.replace(router, port=_free_port("router", router.host, router.port)),
     )
+
+
+def _require_access(topology: Topology) -> None:
+    """Whether each process could read its keys and certificates, and listen where it should."""
+    security = ClusterSecurity(topology.security)
+    for section in ("bootstrap", "prefill", "decode"):
+        security.require_for(getattr(topology, section).host, f"{section}.host")
+    open_api_keys(topology.router, topology.security)
+    server_context(topology.router.tls, "router.tls")
 
 
 def _free_port(section: str, host: str, port: int) -> int:

@@ -8,7 +8,7 @@ import time
 
 import aiohttp
 
-from cluster.access.security import ClusterSecurity, require_protection
+from cluster.access.security import ClusterSecurity, open_api_keys
 from cluster.access.tls import server_context
 from cluster.clock import Clock, MonotonicClock
 from cluster.config import Topology
@@ -18,7 +18,6 @@ from cluster.metrics import RouterMetrics
 from cluster.model_files import resolve_model
 from cluster.process import forget_garbage
 from cluster.server_process import run_until_stopped
-from router.api.access import open_api_keys
 from router.api.app import build_app
 from router.api.generation import GenerationApi
 from router.api.operations import OperationsApi
@@ -77,10 +76,7 @@ class RouterServer:
             records,
             self.metrics,
         )
-        keys = open_api_keys(config, clock)
-        if keys is None:
-            means = "API keys: set router.api_keys_file"
-            require_protection(config.host, "router.host", topology.security, means, config.api_keys_variable)
+        keys = open_api_keys(config, topology.security, clock)
         self.application = build_app(self._generation, operations, self.metrics, config, keys)
         limits = config.limits
         self._server = HttpServer(

@@ -7,13 +7,13 @@ import ssl
 from collections.abc import Callable
 
 import aiohttp
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from cluster.access.gate import PROBES, ProvingMiddleware, close_gate
 from cluster.access.keys import KeyRing, KeySource, open_ring
 from cluster.access.tls import client_context, server_context
 from cluster.clock import Clock, MonotonicClock
-from cluster.config import Security
+from cluster.config import Router, Security
 from cluster.errors import ConfigError
 
 SHORTEST_SECRET = 16
@@ -36,7 +36,7 @@ class ClusterSecurity:
         """Raises `ConfigError` if `host`, the address of a worker or bootstrap, may be reached by strangers who would
         then be served. `setting` is the address's key."""
         if self._secret is None:
-            require_protection(
+            _require_protection(
                 host, setting, self._config, "a secret: set security.secret_file", self._config.secret_variable
             )
 
@@ -54,7 +54,28 @@ class ClusterSecurity:
         )
 
 
-def require_protection(host: str, setting: str, config: Security, means: str, variable: str) -> None:
+def open_api_keys(config: Router, security: Security, clock: Clock | None = None) -> KeyRing | None:
+    """The keys that clients of the router may show; None where everybody may ask. Raises `ConfigError` for keys that
+    can't be read, and where strangers would be served for want of keys."""
+    source = KeySource("router.api_keys_file", config.api_keys_file, config.api_keys_variable)
+    keys = open_ring(source, clock or MonotonicClock())
+    if keys is None:
+        means = "API keys: set router.api_keys_file"
+        _require_protection(config.host, "router.host", security, means, config.api_keys_variable)
+    return keys
+
+
+def router_session(config: Router, security: Security) -> aiohttp.ClientSession:
+    """A session of one who may ask the router. The caller closes it. Raises `ConfigError`."""
+    keys = open_api_keys(config, security)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=client_context(config.tls, "router.tls") or True),
+        headers={} if keys is None else {hdrs.AUTHORIZATION: f"Bearer {keys.keys()[0].decode()}"},
+        timeout=aiohttp.ClientTimeout(total=None),
+    )
+
+
+def _require_protection(host: str, setting: str, config: Security, means: str, variable: str) -> None:
     """Raises `ConfigError` unless `host` is of this machine alone, or `security.allow_insecure` says that it is well
     so. `means` and the environment's `variable` are what else would help."""
     if config.allow_insecure or is_loopback(host):

@@ -6,17 +6,10 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from cluster.access.gate import PROBES
-from cluster.access.keys import KeyRing, KeySource, open_ring
-from cluster.clock import Clock
-from cluster.config import Router
+from cluster.access.keys import KeyRing
 from cluster.errors import Unauthorized
 
 _SCHEME = "bearer"
-
-
-def open_api_keys(config: Router, clock: Clock) -> KeyRing | None:
-    """None where everybody may ask. Raises `ConfigError` for keys that can't be read."""
-    return open_ring(KeySource("router.api_keys_file", config.api_keys_file, config.api_keys_variable), clock)
 
 
 def access_middleware(keys: KeyRing, *, open_probes: bool) -> Middleware:
