@@ -18,13 +18,14 @@ from cluster.model_files import resolve_model
 def prepare(topology: Topology) -> Topology:
     """The topology with a free port wherever it says 0. Raises `ConfigError` for what can't be started here."""
     resolve_model(topology.model.path)
-    _require_access(topology)
     bootstrap, router = topology.bootstrap, topology.router
-    return msgspec.structs.replace(
+    prepared = msgspec.structs.replace(
         topology,
         bootstrap=msgspec.structs.replace(bootstrap, port=_free_port("bootstrap", bootstrap.host, bootstrap.port)),
         router=msgspec.structs.replace(router, port=_free_port("router", router.host, router.port)),
     )
+    _require_access(prepared)
+    return prepared
 
 
 def _require_access(topology: Topology) -> None:

@@ -2,9 +2,10 @@
 
 import socket
 
+import msgspec
 import pytest
 
-from cluster.config import Bootstrap, Model, Router, Topology
+from cluster.config import Bootstrap, Decode, Model, Prefill, Router, Security, Topology
 from cluster.errors import ConfigError, ModelError
 from deploy.preflight import prepare
 
@@ -49,3 +50,18 @@ def test_a_lingering_connection_of_a_former_server_is_no_obstacle(model):
     accepted.close()  # closes first: the port stays in TIME_WAIT on the server's side
     client.close()
     assert prepare(Topology(model=model, bootstrap=Bootstrap(port=0), router=Router(port=port))).router.port == port
+
+
+@pytest.mark.parametrize("section", ["bootstrap", "router", "prefill", "decode"])
+def test_a_cluster_that_strangers_could_join_is_not_started(model, section):
+    sections = {"bootstrap": Bootstrap(port=0), "router": Router(port=0), "prefill": Prefill(), "decode": Decode()}
+    sections[section] = msgspec.structs.replace(sections[section], host="0.0.0.0")
+    with pytest.raises(ConfigError, match=rf"{section}\.host: 0\.0\.0\.0 can be reached by other machines"):
+        prepare(Topology(model=model, **sections))
+    assert prepare(Topology(model=model, security=Security(allow_insecure=True), **sections)).router.port
+
+
+def test_a_key_file_that_is_not_there_is_said_before_anything_starts(model, tmp_path):
+    router = Router(port=0, api_keys_file=str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"router\.api_keys_file: .*none can't be read"):
+        prepare(Topology(model=model, bootstrap=Bootstrap(port=0), router=router))
