@@ -14,6 +14,7 @@ UNIFIED = TOPOLOGIES / "unified.yaml"
 
 CHUNK_TOKENS = (64, 128, 256, 512)
 """Chunk sizes that are tried for a unified cluster."""
+BREAK_EVEN = "flexible: the decode worker prefills, too, where that delays everybody less (router.break_even)"
 NAMES = "unified WxC/T: W workers with C cores each that prefill in chunks of T tokens"
 
 
@@ -33,6 +34,12 @@ class Contender(NamedTuple):
 def split(settings: Sequence[str] = ()) -> Contender:
     """One prefill and one decode worker, with a core each."""
     return Contender("1P1D", SPLIT, settings)
+
+
+def flexible(contender: Contender) -> Contender:
+    """The same split cluster, which may prefill where it decodes; gaps may grow for it within the objective."""
+    settings = ("router.break_even.enabled=true", "router.break_even.delay_weight=0.2", *contender.settings)
+    return Contender(f"{contender.name} flexible", contender.topology, settings)
 
 
 def unified_shapes(settings: Sequence[str] = ()) -> list[Contender]:

@@ -11,7 +11,7 @@ import typer
 from bench.commands.options import Cores, Out, Overrides, Seed, numbers, stay_on
 from bench.commands.plotting import plot_beside
 from bench.commands.terminal import console, publish
-from bench.contenders import RESULTS, chunked, split, unified_shapes
+from bench.contenders import RESULTS, chunked, flexible, split, unified_shapes
 from bench.goodput.arrivals import Mix
 from bench.goodput.outcome import Objective
 from bench.goodput.report import GoodputReport
@@ -35,7 +35,7 @@ def goodput_command(
     out: Out = RESULTS,
 ) -> None:
     """Finds the highest Poisson rate at which 90% of requests have TTFT ≤ 4 s and every gap ≤ 80 ms: for one prefill
-    and one decode worker, and for the best unified cluster on the same cores."""
+    and one decode worker, the same where prompts may be prefilled where they decode, and the best unified cluster."""
     stay_on(cores)
     sizes = numbers(chunks, "--chunks")
     conditions = Conditions(Mix(), Objective(), seconds, seed)
@@ -45,11 +45,14 @@ def goodput_command(
         candidates = [chunked(shape, size) for shape in unified_shapes(settings or ()) for size in sizes]
         trial_seconds = min(TRIAL_SECONDS, seconds)
         best, tried = best_of(candidates, conditions, trial_rate, trial_seconds, logs / "trials", console.print)
-        first = find_goodput(
-            split(settings or ()), conditions, RateSearch(start, factor, halvings), (), logs, console.print
+        plain = split(settings or ())
+        curves = [
+            find_goodput(each, conditions, RateSearch(start, factor, halvings), (), logs, console.print)
+            for each in (plain, flexible(plain))
+        ]
+        # What unified does at the rate that a split cluster just carries is what the picture is about.
+        carried = max(curve.goodput for curve in curves)
+        curves.append(
+            find_goodput(best, conditions, RateSearch(start, factor, halvings), (carried,), logs, console.print)
         )
-        # What unified does at the rate that the split cluster just carries is what the picture is about.
-        second = find_goodput(
-            best, conditions, RateSearch(start, factor, halvings), (first.goodput,), logs, console.print
-        )
-    plot_beside(publish(GoodputReport(describe_setting(), conditions, [first, second], tried), out))
+    plot_beside(publish(GoodputReport(describe_setting(), conditions, curves, tried), out))
