@@ -110,6 +110,15 @@ class KV(Section, frozen=True):
     """Decode checks each page's digest before it reads from it."""
     prefix_cache: bool = True
     """Pages of earlier requests serve prompts that begin alike: they are neither computed nor sent again."""
+    write_timeout_seconds: Seconds = 15.0
+    """A decode worker to which no write has ended for so long, while some are under way, is given up: the transfer
+    engine is ended and started anew, and where it can't be (Mooncake), the engine process. Engines tell of most faults
+    by themselves, NIXL over TCP after 5 s, Mooncake after 10."""
+    max_quarantine_share: Share = 0.5
+    """Of a pool's pages, how many may wait for writers that are silent. A decode worker with more of them takes no new
+    work, ends what it has and starts its engine process anew, with all its pages..."""
+    max_quarantine_seconds: Seconds = 30.0
+    """...unless they come back within so long."""
 
 
 class Bootstrap(Section, frozen=True):
@@ -203,7 +212,7 @@ class Recovery(Section, frozen=True):
     breaker_failures: Positive = 3
     """A worker that is blamed so often, and does nothing well in between, gets work only if there is no other."""
     breaker_seconds: Seconds = 2.0
-    """For so long; then one attempt goes there to see. Doubles with each that fails, up to `longest_breaker_seconds`."""
+    """For so long; then one attempt goes there to see. Doubles with each that fails, up to the next setting."""
     longest_breaker_seconds: Seconds = 30.0
 
 

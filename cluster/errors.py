@@ -23,6 +23,8 @@
     │   │   └── WorkerStalled      its connection stands, but it says nothing, or that it is stuck
     │   ├── TransferFailed         KV pages did not arrive, or arrived damaged
     │   │   └── PeerUnreachable    the peer's memory can't be written to
+    │   ├── TransferStuck          a write can't be stopped but by the end of its process, which therefore ends
+    │   ├── QuarantineFull         too many pages wait for writers nobody can vouch for: the engine process starts anew
     │   ├── AttemptsExhausted      a request has failed as often as it may
     │   └── DeadlineExceeded       the request's time is over
     ├── ProtocolError              a peer broke the contract; the message is refused and counted
@@ -180,6 +182,14 @@ class TransferFailed(AvailabilityError):
 
 class PeerUnreachable(TransferFailed):
     """The peer's memory can't be reached: it is dead, or the network to it is."""
+
+
+class TransferStuck(AvailabilityError):
+    """A write neither ends nor can be ended. Ends the engine process: then nothing of it can land any more."""
+
+
+class QuarantineFull(AvailabilityError):
+    """Too much of the pool has waited for too long for the word of its writers. Ends the engine process."""
 
 
 class AttemptsExhausted(AvailabilityError):

@@ -28,7 +28,13 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     check = topology.kv.verify_digests
     digester = PageDigests(pool) if check else None
     thread = TransferThread(
-        backend, digester, context.clock, context.channel.wake, pool.trial_page, context.board.transfers_seen
+        backend,
+        digester,
+        context.clock,
+        context.channel.wake,
+        pool.trial_page,
+        context.board.transfers_seen,
+        topology.kv.write_timeout_seconds,
     )
     receiver = HandoffReceiver(thread, engine.layout, context.send_to_peer, context.clock, check, epoch=epoch)
     ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current(), speed)

@@ -17,10 +17,14 @@ from dataclasses import dataclass, field
 from typing import Protocol, Union
 
 from cluster.clock import Clock
-from cluster.errors import AvailabilityError, BatonError, PeerUnreachable, ProtocolError
+from cluster.config import KV
+from cluster.errors import AvailabilityError, BatonError, PeerUnreachable, ProtocolError, TransferFailed, TransferStuck
+from cluster.logging import get_logger
 from cluster.messages import Fence
 from kv_transfer.backends.base import PoolDescriptor, TransferBackend, WriteHandle, WriteState
 from kv_transfer.plan import Batch
+
+log = get_logger(__name__)
 
 SETTLE_SECONDS = 0.05
 SETTLE_TURNS = 50
@@ -28,6 +32,10 @@ SETTLE_TURNS = 50
 engine still delivers them: with TCP, a receiver that is stopped, given up by its writer and resumed gets late bytes
 (observed with NIXL and Mooncake; at most one socket buffer, 6 MB). So the engine is driven for so long, and so often,
 after the writer's word or death, before a page is called free. It comes on top of that proof, never instead."""
+
+WRITE_TIMEOUT_SECONDS = KV().write_timeout_seconds
+LONGEST_LOOK_AWAY = 1.0
+"""Seconds between two turns that count as waiting for a write."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +126,22 @@ class Digester(Protocol):
 
 @dataclass
 class _Peer:
-    """`connected`: the backend knows it; `broken`: a write failed, the connection has to be made anew."""
+    """`connected`: the backend knows it; `broken`: a write failed, the connection has to be made anew. `waited`: for so
+    many seconds we have watched its writes, and none of them ended."""
 
     descriptor: bytes
     connected: bool = False
     broken: bool = False
     leaving: bool = False
     in_flight: int = 0
+    waited: float = 0.0
+
+    def begin_write(self) -> None:
+        self.in_flight += 1
+
+    def end_write(self) -> None:
+        self.in_flight -= 1
+        self.waited = 0.0
 
 
 @dataclass
@@ -148,15 +165,25 @@ class TransferDriver:
 
     With a `trial_page` of ours, a new connection is tried at once by writing it to the peer's (`PoolMemory`):
     engines finish a connection with its first write, which took 30 to 300 ms here, and no request should wait for that.
+
+    A peer to which no write ends for `write_timeout` seconds costs all of them: the backend is restarted, since only an
+    engine that is gone is known to write no more. Raises `TransferStuck` where even that is no help.
     """
 
     def __init__(
-        self, backend: TransferBackend, digester: Digester | None, clock: Clock, trial_page: int | None = None
+        self,
+        backend: TransferBackend,
+        digester: Digester | None,
+        clock: Clock,
+        trial_page: int | None = None,
+        write_timeout: float = WRITE_TIMEOUT_SECONDS,
     ) -> None:
         self._backend = backend
         self._digester = digester
         self._clock = clock
         self._trial_page = trial_page
+        self._write_timeout = write_timeout
+        self._looked_at = clock.now()
         self._trials: deque[tuple[str, WriteHandle]] = deque()
         self._peers: dict[str, _Peer] = {}
         self._writes: deque[_Write] = deque()
@@ -200,7 +227,11 @@ class TransferDriver:
         if self._expected or self._settling:
             self._backend.progress()
         self._poll_trials()
-        return self._poll_writes() + self._settle()
+        results = self._poll_writes()
+        stuck = self._find_stuck()
+        if stuck is not None:
+            results += self._end_all_writes(stuck)
+        return results + self._settle()
 
     def idle(self) -> None:
         """Lets the backend look after its connections while nothing is under way; a few times a second."""
@@ -219,13 +250,14 @@ class TransferDriver:
             handle = self._backend.write(command.peer, batch.sources, batch.targets)
         except (AvailabilityError, ProtocolError) as error:
             return [WritesEnded(command.fence, batch, error, (), started, self._clock.now())]
-        peer.in_flight += 1
+        peer.begin_write()
         # An engine that moves the bytes inside of the call is done by now; one with a NIC moves them meanwhile.
         ended = None if handle.poll() is WriteState.PENDING else self._clock.now()
         self._writes.append(_Write(command, handle, self._digests(batch.sources), started, ended))
         return []
 
-    def _poll_writes(self) -> list[Result]:
+    def _poll_writes(self, culprit: str | None = None) -> list[Result]:
+        """`culprit`: the peer for whose sake the engine was restarted. Its writes fail by its fault, others by ours."""
         results: list[Result] = []
         for _ in range(len(self._writes)):
             write = self._writes.popleft()
@@ -233,24 +265,54 @@ class TransferDriver:
             if state is WriteState.PENDING:
                 self._writes.append(write)
                 continue
-            failed = state is WriteState.FAILED
-            self._ended(write.command.peer, failed=failed)
-            error = PeerUnreachable(f"the write to {write.command.peer} failed") if failed else None
-            ended = self._clock.now() if write.ended is None else write.ended
             command = write.command
+            failed = state is WriteState.FAILED
+            self._ended(command.peer, failed=failed)
+            error: BatonError | None = None
+            if failed and culprit not in (None, command.peer):
+                error = TransferFailed(f"the transfer engine was ended because of a write to {culprit}")
+            elif failed:
+                error = PeerUnreachable(f"the write to {command.peer} failed")
+            ended = self._clock.now() if write.ended is None else write.ended
             results.append(WritesEnded(command.fence, command.batch, error, write.digests, write.started, ended))
         return results
 
     def _ended(self, name: str, *, failed: bool) -> None:
         """One write less; a connection that failed, or is not wanted any more, goes with its last one."""
         peer = self._peers[name]
-        peer.in_flight -= 1
+        peer.end_write()
         peer.broken |= failed
         if peer.in_flight == 0 and (peer.broken or peer.leaving):
             self._backend.disconnect(name)
             peer.connected = peer.broken = False
             if peer.leaving:
                 del self._peers[name]
+
+    def _find_stuck(self) -> str | None:
+        """A peer to which nothing has ended for too long. Time in which we have not looked does not count: this process
+        may have been stopped itself, or this thread held up by another peer's connection."""
+        now = self._clock.now()
+        passed, self._looked_at = min(now - self._looked_at, LONGEST_LOOK_AWAY), now
+        found: str | None = None
+        for name, peer in self._peers.items():
+            peer.waited = peer.waited + passed if peer.in_flight else 0.0
+            if peer.waited >= self._write_timeout:
+                found = name
+        return found
+
+    def _end_all_writes(self, stuck: str) -> list[Result]:
+        """The only way out for a write that never ends: to the engine, all its writes are one."""
+        log.error("a write does not end: the transfer engine is ended", peer=stuck, seconds=self._write_timeout)
+        try:
+            self._backend.restart()
+        except TransferStuck as error:
+            raise TransferStuck(
+                f"no write to {stuck} has ended for {self._write_timeout:g} s: {error.message}"
+            ) from error
+        for peer in self._peers.values():
+            peer.connected = False
+        self._poll_trials()
+        return self._poll_writes(stuck)
 
     # --- peers ---------------------------------------------------------------------------------------------------
 
@@ -283,7 +345,7 @@ class TransferDriver:
         peer = self._peers[name]
         theirs = PoolDescriptor.read(peer.descriptor).pages - 1
         self._trials.append((name, self._backend.write(name, [trial_page], [theirs])))
-        peer.in_flight += 1
+        peer.begin_write()
 
     def _poll_trials(self) -> None:
         for _ in range(len(self._trials)):

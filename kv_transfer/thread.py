@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 
 from cluster.clock import Clock
 from kv_transfer.backends.base import TransferBackend
-from kv_transfer.driver import Command, Digester, Result, TransferDriver
+from kv_transfer.driver import WRITE_TIMEOUT_SECONDS, Command, Digester, Result, TransferDriver
 
 SHORTEST_NAP = 100e-6
 LONGEST_NAP = 1e-3
@@ -24,8 +24,9 @@ class TransferThread:
     """Runs a `TransferDriver`. `post`, `results`, `wait` and `close` are for the step loop; the last two block.
 
     `wake` is called on this thread after results have arrived, and when the thread dies of an error; it must not block.
-    `digester` None: no digests. `trial_page`: see `TransferDriver`. `on_look` is called on this thread each time it has
-    looked after what is under way, with the time at which the oldest of it began: as long as it is, the thread lives.
+    `digester` None: no digests. `trial_page`, `write_timeout`: see `TransferDriver`. `on_look` is called on this thread
+    each time it has looked after what is under way, with the time at which the oldest of it began: as long as it is,
+    the thread lives.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class TransferThread:
         wake: Callable[[], None],
         trial_page: int | None = None,
         on_look: Callable[[float | None], None] = lambda oldest: None,
+        write_timeout: float = WRITE_TIMEOUT_SECONDS,
     ) -> None:
         self.name = backend.name
         self.descriptor = backend.descriptor
-        self._driver = TransferDriver(backend, digester, clock, trial_page)
+        self._driver = TransferDriver(backend, digester, clock, trial_page, write_timeout)
         self._wake = wake
         self._on_look = on_look
         self._commands: SimpleQueue[Command | None] = SimpleQueue()

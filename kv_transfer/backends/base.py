@@ -125,5 +125,13 @@ class TransferBackend(Protocol):
     def progress(self) -> None:
         """Drives what peers write to us; called regularly while any grant is open. Never blocks."""
 
+    def restart(self) -> None:
+        """Ends the engine and starts a fresh one over the same pool; takes up to a second. All writes under way are
+        FAILED when it returns, in full earnest: nothing of them will leave this process any more, nor this host's
+        kernel. All peers are forgotten. For writers only: nobody may be writing to us, for our `descriptor` changes.
+
+        Raises `TransferStuck` if nothing but the end of this process would stop them.
+        """
+
     def close(self) -> None:
         """Unregisters the pool and drops all connections. Terminal; a second call does nothing."""

@@ -10,14 +10,15 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster.errors import PeerUnreachable
+from cluster.errors import PeerUnreachable, TransferStuck
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
 
 
 @dataclass
 class MemoryWrite:
-    """One batch on the fabric; `moves` are (source address, target address)."""
+    """One batch on the fabric, between agents; `moves` are (source address, target address)."""
 
+    origin: str
     peer: str
     moves: list[tuple[int, int]]
     state: WriteState = WriteState.PENDING
@@ -37,6 +38,8 @@ class MemoryFabric:
     """Numbers of writes (counted from 0, in order of posting) that fail instead of copying."""
     corrupt_writes: set[int] = field(default_factory=set)
     """Numbers of writes whose first byte arrives flipped."""
+    unstoppable: bool = False
+    """Held writes can't be ended: `MemoryBackend.restart` raises."""
     posted: int = 0
     held: list[MemoryWrite] = field(default_factory=list)
     lost: list[MemoryWrite] = field(default_factory=list)
@@ -96,6 +99,7 @@ class MemoryBackend:
         self.fabric = fabric
         self.pool = pool
         self.progressed = 0
+        self.restarts = 0
         self._agent = agent
         self._peers: dict[str, PoolDescriptor] = {}
         fabric.alive[agent] = self
@@ -117,12 +121,24 @@ class MemoryBackend:
             raise PeerUnreachable(f"{peer} is not connected")
         remote = self._peers[peer]
         addresses = [self.pool.page_address(page) for page in sources]
-        write = MemoryWrite(remote.endpoint.decode(), list(zip(addresses, remote.page_addresses(targets), strict=True)))
+        moves = list(zip(addresses, remote.page_addresses(targets), strict=True))
+        write = MemoryWrite(self._agent, remote.endpoint.decode(), moves)
         self.fabric.submit(write)
         return write
 
     def progress(self) -> None:
         self.progressed += 1
+
+    def restart(self) -> None:
+        """Held writes of ours are dropped: they never land."""
+        if self.fabric.unstoppable:
+            raise TransferStuck("told to be unable to")
+        self.restarts += 1
+        self._peers.clear()
+        for write in self.fabric.held:
+            if write.origin == self._agent:
+                write.state = WriteState.FAILED
+        self.fabric.held = [write for write in self.fabric.held if write.origin != self._agent]
 
     def close(self) -> None:
         self.fabric.alive.pop(self._agent, None)

@@ -3,6 +3,7 @@
 Its batch write blocks, and one that it reports as failed may go on in its own threads until the engine is destroyed. So
 each peer has an engine of its own and a thread that waits for it (an engine costs a millisecond, three sleeping
 threads and a port): a failed write is called FAILED only after its engine is gone, without disturbing other peers.
+A call that does not come back, in spite of Mooncake's own timeout (see `environment`), can't be ended at all.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from queue import SimpleQueue
 from typing import Any
 
 from cluster.config import TransferName
-from cluster.errors import ConfigError, PeerUnreachable
+from cluster.errors import ConfigError, PeerUnreachable, TransferStuck
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
 from kv_transfer.backends.environment import apply_defaults
+from kv_transfer.backends.sockets import drop_unsent_on_close
 
 ENTRIES_PER_BATCH = 1024
 """Mooncake refuses batches of more than about 2,000 entries."""
@@ -47,6 +49,7 @@ class _Channel:
         self.remote = remote
         self._pool = pool
         self._engine = _open_engine(host, pool)
+        self._connected = False
         self._writes: SimpleQueue[MooncakeWrite | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"mooncake {peer}", daemon=True)
         self._thread.start()
@@ -68,17 +71,27 @@ class _Channel:
             if write is None:
                 self._engine = None
                 return
-            write.state = WriteState.DONE if self._copy(write) else WriteState.FAILED
+            done = self._copy(write)
+            if not done:
+                self._end()
+            elif not self._connected:
+                self._connected = True
+                drop_unsent_on_close()
+            write.state = WriteState.DONE if done else WriteState.FAILED
+
+    def _end(self) -> None:
+        """The engine is gone when this returns, with all that it was writing."""
+        drop_unsent_on_close()
+        self._engine = None
 
     def _copy(self, write: MooncakeWrite) -> bool:
-        """Whether all is in the peer's memory. If not, the engine is gone when this returns, with all its writes."""
+        """Whether all is in the peer's memory."""
         session = self.remote.endpoint.decode()
         for start in range(0, len(write.sources), ENTRIES_PER_BATCH):
             sources = write.sources[start : start + ENTRIES_PER_BATCH]
             targets = write.targets[start : start + ENTRIES_PER_BATCH]
             sizes = [self._pool.page_bytes] * len(sources)
             if self._engine is None or self._engine.batch_transfer_sync_write(session, sources, targets, sizes) != 0:
-                self._engine = None
                 return False
         return True
 
@@ -127,6 +140,9 @@ class MooncakeBackend:
 
     def progress(self) -> None:
         """Nothing to do: Mooncake's own threads sleep in the kernel until a peer writes."""
+
+    def restart(self) -> None:
+        raise TransferStuck("Mooncake's engine can't be ended while it writes")
 
     def close(self) -> None:
         for peer in list(self._channels):

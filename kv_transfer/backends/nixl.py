@@ -3,12 +3,17 @@
 The agent runs without NIXL's progress thread, which would spin a core: the transfer thread drives both ends. Page
 descriptors are prepared once per pool, so that a write is a list of page numbers. There is no deadline of NIXL's own;
 UCX's TCP timeouts (see `environment`) turn a partition into a failed write after about five seconds.
+
+A request that is released, a peer that is removed, memory that is deregistered: bytes land all the same. Only an agent
+that is destroyed sends nothing more, as it has no thread of its own; `NixlBackend.restart` does that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,11 +22,14 @@ from typing import Any
 import numpy as np
 
 from cluster.config import TransferName
-from cluster.errors import ConfigError, PeerUnreachable, ProtocolError
+from cluster.errors import ConfigError, PeerUnreachable, ProtocolError, TransferStuck
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
 from kv_transfer.backends.environment import apply_defaults
+from kv_transfer.backends.sockets import drop_unsent_on_close
 
 _STATES = {"DONE": WriteState.DONE, "PROC": WriteState.PENDING, "ERR": WriteState.FAILED}
+_WRITES_THAT_CONNECT = 2
+"""UCX makes its connections in `connect` and with the first write; by the second they are all there."""
 
 
 class NixlWrite:
@@ -40,6 +48,13 @@ class NixlWrite:
             self._advance(self._agent.check_xfer_state)
         return self._state
 
+    def end_with_agent(self) -> None:
+        """Lets go of the agent, which is about to be destroyed: a write under way fails."""
+        if self._state is WriteState.PENDING:
+            self._state = WriteState.FAILED
+            self._release()
+        self._agent = None
+
     def _advance(self, step: Callable[[Any], str]) -> None:
         """Posts or asks. A fault of the connection is terminal: UCX then drops all that was posted on it."""
         try:
@@ -47,9 +62,12 @@ class NixlWrite:
         except self._peer_faults:
             self._state = WriteState.FAILED
         if self._state is not WriteState.PENDING:
-            with contextlib.suppress(*self._peer_faults):  # its destructor tries again
-                self._request.release()
-            self._request = None
+            self._release()
+
+    def _release(self) -> None:
+        with contextlib.suppress(*self._peer_faults):  # its destructor tries again
+            self._request.release()
+        self._request = None
 
 
 @dataclass
@@ -57,6 +75,7 @@ class _Peer:
     agent: str
     pages: Any
     pool: PoolDescriptor
+    writes: int = 0
 
 
 class NixlBackend:
@@ -68,8 +87,8 @@ class NixlBackend:
     name = "nixl"
 
     def __init__(self, agent: str, pool: PoolMemory) -> None:
-        api = _import_api()
-        kinds = api.nixlBind
+        self._api = _import_api()
+        kinds = self._api.nixlBind
         # They have no common base. Others that NIXL raises are our own mistakes and end the process.
         self._peer_faults: tuple[type[Exception], ...] = (
             kinds.nixlBackendError,
@@ -78,19 +97,12 @@ class NixlBackend:
             kinds.nixlRemoteDisconnectError,
         )
         self._descriptor_faults: tuple[type[Exception], ...] = (kinds.nixlMismatchError, kinds.nixlInvalidParamError)
+        self._name = agent
         self._pool = pool
         self._memory, self._device = _memory_kind(pool.device)
-        config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-        self._agent = api.nixl_agent(f"{agent}-{uuid.uuid4().hex[:12]}", config)
-        self._registration = self._agent.register_memory(
-            [(pool.address, pool.total_bytes, self._device, "")], self._memory
-        )
-        self._pages = self._prepare("NIXL_INIT_AGENT", pool.address, pool.pages, self._memory, self._device)
         self._peers: dict[str, _Peer] = {}
-        self._closed = False
-        self.descriptor = PoolDescriptor(
-            self.name, self._agent.get_agent_metadata(), pool.address, pool.pages, pool.page_bytes, pool.device
-        ).encode()
+        self._writes: weakref.WeakSet[NixlWrite] = weakref.WeakSet()
+        self._start()
 
     def connect(self, peer: str, descriptor: bytes) -> None:
         pool = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self._pool.page_bytes)
@@ -124,21 +136,56 @@ class NixlBackend:
             request = self._agent.make_prepped_xfer("WRITE", self._pages, list(sources), known.pages, list(targets))
         except self._peer_faults as error:
             raise PeerUnreachable(f"can't write to {peer}: {error}") from error
-        return NixlWrite(self._agent, request, self._peer_faults)
+        write = NixlWrite(self._agent, request, self._peer_faults)
+        self._writes.add(write)
+        known.writes += 1
+        if known.writes <= _WRITES_THAT_CONNECT:
+            drop_unsent_on_close()
+        return write
 
     def progress(self) -> None:
         # Asking for notifications, of which we send none, is how NIXL lets a passive side drive its connections.
         self._agent.get_new_notifs()
 
+    def restart(self) -> None:
+        drop_unsent_on_close()
+        self._destroy()
+        self._start()
+
     def close(self) -> None:
-        if self._closed:
+        if self._agent is None:
             return
-        self._closed = True
         for peer in list(self._peers):
             self.disconnect(peer)
         self._pages.release()
         self._agent.deregister_memory(self._registration)
-        del self._agent
+        self._agent = None
+
+    def _start(self) -> None:
+        """A fresh agent with the pool registered; about half a second."""
+        config = self._api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        self._agent: Any = self._api.nixl_agent(f"{self._name}-{uuid.uuid4().hex[:12]}", config)
+        pool = self._pool
+        self._registration = self._agent.register_memory(
+            [(pool.address, pool.total_bytes, self._device, "")], self._memory
+        )
+        self._pages = self._prepare("NIXL_INIT_AGENT", pool.address, pool.pages, self._memory, self._device)
+        self.descriptor = PoolDescriptor(
+            self.name, self._agent.get_agent_metadata(), pool.address, pool.pages, pool.page_bytes, pool.device
+        ).encode()
+
+    def _destroy(self) -> None:
+        """Ends the agent with all its writes. It lives as long as anything refers to it, so that is made sure of."""
+        for write in list(self._writes):
+            write.end_with_agent()
+        self._peers.clear()
+        self._pages = self._registration = None
+        native = weakref.ref(self._agent.agent)
+        self._agent = None
+        if native() is not None:
+            gc.collect()
+        if native() is not None:
+            raise TransferStuck("NIXL's agent can't be ended: something still refers to it")
 
     def _prepare(self, agent: str, address: int, pages: int, memory: str, device: int) -> Any:
         """Descriptors of all pages of a pool, ours or a peer's; rows of (address, bytes, device)."""

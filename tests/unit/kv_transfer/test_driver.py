@@ -3,12 +3,13 @@
 import pytest
 
 from cluster.clock import ManualClock
-from cluster.errors import ConfigError, PeerUnreachable, ProtocolError
+from cluster.errors import ConfigError, PeerUnreachable, ProtocolError, TransferFailed, TransferStuck
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory
 from kv_transfer.backends.memory import MemoryBackend, MemoryFabric
 from kv_transfer.digests import PageDigests
 from kv_transfer.driver import (
     SETTLE_SECONDS,
+    WRITE_TIMEOUT_SECONDS,
     ComputeDigests,
     Connect,
     DigestsComputed,
@@ -243,3 +244,70 @@ def test_a_failed_trial_harms_no_later_write(setup):
     driver.take(setup.write())
     (ended,) = driver.turn()
     assert ended.error is None
+
+
+# --- writes that never end -------------------------------------------------------------------------------------------
+
+
+def watch(setup: Setup, seconds: float) -> list:
+    """The thread looks twice a second."""
+    results = []
+    for _ in range(int(2 * seconds)):
+        setup.clock.advance(0.5)
+        results += setup.driver.turn()
+    return results
+
+
+def test_a_write_that_never_ends_costs_the_engine_and_can_never_land(setup):
+    setup.fabric.hold = True
+    setup.ours.fill(1, 9)
+    setup.driver.take(setup.write())
+    assert watch(setup, WRITE_TIMEOUT_SECONDS - 1) == []
+    (ended,) = watch(setup, 2)
+    assert isinstance(ended.error, PeerUnreachable)
+    assert setup.backend.restarts == 1
+    setup.fabric.release()
+    assert set(setup.theirs.read(2)) == {0}, "what is said to have ended has ended"
+    setup.fabric.hold = False
+    setup.driver.take(setup.write())
+    assert setup.driver.turn()[0].error is None, "the next write connects anew"
+    assert set(setup.theirs.read(2)) == {9}
+
+
+def test_writes_to_others_fail_with_the_engine_by_the_writers_own_fault(setup):
+    MemoryBackend(setup.fabric, "bystander", Pool(4).memory)
+    setup.driver.take(Connect("bystander", setup.fabric.alive["bystander"].descriptor))
+    setup.fabric.hold = True
+    setup.driver.take(setup.write())
+    watch(setup, WRITE_TIMEOUT_SECONDS - 2)
+    setup.driver.take(PostWrites(fence("other"), "bystander", Batch(0, (1,), (2,))))
+    stuck, other = watch(setup, 4)
+    assert isinstance(stuck.error, PeerUnreachable)
+    assert type(other.error) is TransferFailed, "not the bystander's"
+    assert not setup.driver.busy
+
+
+def test_a_peer_whose_writes_end_one_by_one_is_slow_and_not_stuck(setup):
+    setup.fabric.hold = True
+    for _ in range(5):
+        setup.driver.take(setup.write())
+    for _ in range(5):
+        assert watch(setup, WRITE_TIMEOUT_SECONDS - 1) == []
+        setup.fabric.carry(setup.fabric.held.pop(0), corrupt=False)
+        assert setup.driver.turn()[0].error is None
+    assert setup.backend.restarts == 0
+
+
+def test_time_in_which_our_own_process_was_stopped_is_no_time_waited(setup):
+    setup.fabric.hold = True
+    setup.driver.take(setup.write())
+    setup.clock.advance(100 * WRITE_TIMEOUT_SECONDS)
+    assert setup.driver.turn() == []
+    assert setup.backend.restarts == 0
+
+
+def test_an_engine_that_cannot_be_ended_ends_its_thread(setup):
+    setup.fabric.hold = setup.fabric.unstoppable = True
+    setup.driver.take(setup.write())
+    with pytest.raises(TransferStuck, match="peer has ended"):
+        watch(setup, WRITE_TIMEOUT_SECONDS + 1)
