@@ -27,6 +27,7 @@ from kv_transfer import receiver_state as state
 from kv_transfer.driver import ComputeDigests, DigestsComputed, ExpectWrites, Result, Settle, Settled, TransferPort
 from kv_transfer.peers import Peers
 from kv_transfer.receiver_state import ReceiverLease, ReceiverState
+from kv_transfer.repeats import LIFETIME_SECONDS
 
 PROOF_SECONDS = 0.25
 """Time between two questions to the kernel whether a quarantined page's writer is dead."""
@@ -36,7 +37,7 @@ within one reconnection; this is far more than can be under way."""
 
 LeaseEvent = Union[
     state.OfferedAgain, state.GrantPages, state.GivenUp, state.DoneArrived, state.Verified, state.AbortedArrived,
-    state.PeerUp, state.PeerDown, state.WriterFenced, state.PagesSettled,
+    state.PeerUp, state.PeerDown, state.WriterFenced, state.DeadlinePassed, state.RepeatDue, state.PagesSettled,
 ]  # fmt: skip
 
 
@@ -98,7 +99,8 @@ class HandoffReceiver:
     """Takes KV pages over. All methods are for the step loop; none of them blocks, but `linger`.
 
     `send(worker, epoch, message)` relays a control message to a peer. `thread` is this receiver's own. `epoch` is our
-    own instance's. `is_dead` is proof of a process's death. Granted pages belong to their writer until `poll` returns
+    own instance's. `is_dead` is proof of a process's death. A handoff that brings no KV for `lifetime` seconds, longer
+    than any request, fails. Granted pages belong to their writer until `poll` returns
     `KVArrived` or `LeaseEnded` for their fence; exactly one of the two comes. `stale` counts refused messages by type.
     """
 
@@ -111,6 +113,7 @@ class HandoffReceiver:
         digests: bool,
         *,
         epoch: int,
+        lifetime: float = LIFETIME_SECONDS,
         is_dead: Callable[[ProcessIdentity], bool] = process_identity.is_dead,
     ) -> None:
         self._thread = thread
@@ -118,6 +121,7 @@ class HandoffReceiver:
         self._send = send
         self._clock = clock
         self._with_digests = digests
+        self._lifetime = lifetime
         self._is_dead = is_dead
         self._peers = Peers(Role.DECODE, epoch)
         self._leases: dict[Fence, _Lease] = {}
@@ -213,6 +217,10 @@ class HandoffReceiver:
         if now >= self._proof_at:
             self._proof_at = now + PROOF_SECONDS
             self._look_for_dead_writers()
+        for lease in list(self._leases.values()):
+            due = lease.machine.timer(now)
+            if due is not None:
+                self._handle(lease, due)
         for fence in [fence for fence, lease in self._leases.items() if lease.ended]:
             del self._leases[fence]
         events, self._events = self._events, []
@@ -244,7 +252,10 @@ class HandoffReceiver:
             if not isinstance(message, Aborted):
                 self._relay(worker, epoch, answer)
         elif isinstance(message, Offer):
-            machine = ReceiverLease(message.fence, message.tokens, self._layout.page_size, self._with_digests)
+            expires_at = self._clock.now() + self._lifetime
+            machine = ReceiverLease(
+                message.fence, message.tokens, self._layout.page_size, self._with_digests, expires_at
+            )
             self._leases[message.fence] = _Lease(machine, worker)
             self._events.append(OfferArrived(message.fence, message.tokens))
         else:

@@ -10,6 +10,16 @@
 
 Its promise: from GrantPages on the pages have one writer, who is not us. They come back exactly once, by `Accept` or by
 `EndLease`, and only on that writer's word (DONE, ABORTED) or with proof that it is dead. No clock is involved.
+
+It never waits without an end, whatever is lost on the way, but for the pages' sake:
+
+    in           for                     said again                until at most
+    OFFERED      our own worker          -                         `expires_at`
+    GRANTED      DONE                    GRANT: timer, reconnect   `expires_at`; a writer that has ended says ABORTED
+    VERIFYING    our transfer thread     -                         the pages are read
+    QUARANTINED  ABORTED, DONE, a proof  ABORT: timer, reconnect   the worker's limit (`decode_worker.quarantine_state`)
+    SETTLING     our transfer thread     -                         `kv_transfer.driver.SETTLE_SECONDS`
+    (gone)       -                       ACK or ABORT, when asked  -
 """
 
 from __future__ import annotations
@@ -17,11 +27,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from math import inf
 from typing import Union
 
 from cluster.errors import ErrorInfo, TransferFailed, WorkerLost
 from cluster.messages import Abort, Ack, Fence, Grant, Role
 from cluster.state_machine import StateMachine
+from kv_transfer.repeats import Repeats
 
 
 class ReceiverState(Enum):
@@ -97,6 +109,16 @@ class WriterFenced:
 
 
 @dataclass(frozen=True)
+class DeadlinePassed:
+    """It has expired; see `ReceiverLease.timer`."""
+
+
+@dataclass(frozen=True)
+class RepeatDue:
+    """What we have said last is unanswered; see `ReceiverLease.timer`."""
+
+
+@dataclass(frozen=True)
 class PagesSettled:
     """Nothing is on its way any more."""
 
@@ -153,16 +175,24 @@ ReceiverAction = Union[Send, Expect, Verify, DrainWrites, Accept, Fail, EndLease
 class ReceiverLease(StateMachine[ReceiverAction]):
     """See the module's docstring. `answer` is what a message that comes after the end is answered with."""
 
-    def __init__(self, fence: Fence, tokens: int, page_size: int, digests: bool) -> None:
+    def __init__(self, fence: Fence, tokens: int, page_size: int, digests: bool, expires_at: float = inf) -> None:
         super().__init__(f"receiver {fence}", ReceiverState.OFFERED)
         self.fence = fence
         self.tokens = tokens
         self.answer: Ack | Abort | None = None
+        self._expires_at = expires_at
+        self._repeats = Repeats()
         self._page_size = page_size
         self._with_digests = digests
         self._grant: Grant | None = None
         self._done: DoneArrived | None = None
         self._done_at = 0.0
+
+    def timer(self, now: float) -> DeadlinePassed | RepeatDue | None:
+        """The event that is due by now, if any; ask a few times a second."""
+        if self.accepts(DeadlinePassed) and now >= self._expires_at:
+            return DeadlinePassed()
+        return RepeatDue() if self.accepts(RepeatDue) and self._repeats.is_due(now) else None
 
     # --- OFFERED -----------------------------------------------------------------------------------------------------
 
@@ -172,6 +202,7 @@ class ReceiverLease(StateMachine[ReceiverAction]):
         if rest or not 0 <= skipped <= total or len(event.pages) != total - skipped:
             raise ValueError(f"{self.name}: {len(event.pages)} pages, {event.skip_tokens} skipped of {self.tokens}")
         self._grant = Grant(self.fence, list(event.pages), event.skip_tokens)
+        self._repeats.start(now)
         self.to(ReceiverState.GRANTED)
         return [Expect(), Send(self._grant)]
 
@@ -191,11 +222,21 @@ class ReceiverLease(StateMachine[ReceiverAction]):
         self._abort(error, Role.PREFILL)
         return [Fail(error, Role.PREFILL), *self._end()]
 
+    def _expire_unanswered(self, event: DeadlinePassed, now: float) -> list[ReceiverAction]:
+        error = TransferFailed("the decode worker had no pages for its KV in time").to_info()
+        return [self._abort(error, Role.DECODE), Fail(error, Role.DECODE), *self._end()]
+
     # --- GRANTED -----------------------------------------------------------------------------------------------------
 
     def _grant_again(self, event: OfferedAgain | PeerUp, now: float) -> list[ReceiverAction]:
+        assert self._grant is not None
+        self._repeats.start(now)
+        return [Send(self._grant)]
+
+    def _repeat_grant(self, event: RepeatDue, now: float) -> list[ReceiverAction]:
         """Also a question: a writer that has ended unheard answers ABORTED."""
         assert self._grant is not None
+        self._repeats.again(now)
         return [Send(self._grant)]
 
     def _verify(self, event: DoneArrived, now: float) -> list[ReceiverAction]:
@@ -216,13 +257,20 @@ class ReceiverLease(StateMachine[ReceiverAction]):
 
     def _lost(self, event: PeerDown, now: float) -> list[ReceiverAction]:
         error = WorkerLost("the connection to the prefill worker broke while it was writing KV").to_info()
-        self._abort(error, Role.PREFILL)
-        self.to(ReceiverState.QUARANTINED)
+        self._quarantine(error, Role.PREFILL, now)  # the ABORT itself goes out when it is connected again
         return [Fail(error, Role.PREFILL)]
 
+    def _expire(self, event: DeadlinePassed, now: float) -> list[ReceiverAction]:
+        error = TransferFailed("the prefill worker did not write its KV in time").to_info()
+        return [self._quarantine(error, Role.PREFILL, now), Fail(error, Role.PREFILL)]
+
     def _cancel(self, event: GivenUp, now: float) -> list[ReceiverAction]:
+        return [self._quarantine(event.error, event.blame, now)]
+
+    def _quarantine(self, error: ErrorInfo, blame: Role | None, now: float) -> Send:
+        self._repeats.start(now)
         self.to(ReceiverState.QUARANTINED)
-        return [self._abort(event.error, event.blame)]
+        return self._abort(error, blame)
 
     # --- VERIFYING ---------------------------------------------------------------------------------------------------
 
@@ -254,6 +302,12 @@ class ReceiverLease(StateMachine[ReceiverAction]):
 
     def _abort_again(self, event: PeerUp | OfferedAgain, now: float) -> list[ReceiverAction]:
         assert self.answer is not None
+        self._repeats.start(now)
+        return [Send(self.answer)]
+
+    def _repeat_abort(self, event: RepeatDue, now: float) -> list[ReceiverAction]:
+        assert self.answer is not None
+        self._repeats.again(now)
         return [Send(self.answer)]
 
     def _fenced(self, event: AbortedArrived | DoneArrived | WriterFenced, now: float) -> list[ReceiverAction]:
@@ -289,6 +343,7 @@ class ReceiverLease(StateMachine[ReceiverAction]):
         (ReceiverState.OFFERED, PeerUp): "_ignore",
         (ReceiverState.OFFERED, PeerDown): "_lost_early",
         (ReceiverState.OFFERED, WriterFenced): "_lost_early",
+        (ReceiverState.OFFERED, DeadlinePassed): "_expire_unanswered",
         (ReceiverState.GRANTED, OfferedAgain): "_grant_again",
         (ReceiverState.GRANTED, GivenUp): "_cancel",
         (ReceiverState.GRANTED, DoneArrived): "_verify",
@@ -296,6 +351,8 @@ class ReceiverLease(StateMachine[ReceiverAction]):
         (ReceiverState.GRANTED, PeerUp): "_grant_again",
         (ReceiverState.GRANTED, PeerDown): "_lost",
         (ReceiverState.GRANTED, WriterFenced): "_killed",
+        (ReceiverState.GRANTED, DeadlinePassed): "_expire",
+        (ReceiverState.GRANTED, RepeatDue): "_repeat_grant",
         (ReceiverState.VERIFYING, OfferedAgain): "_ignore",
         (ReceiverState.VERIFYING, GivenUp): "_drop",
         (ReceiverState.VERIFYING, DoneArrived): "_ignore",
@@ -312,6 +369,7 @@ class ReceiverLease(StateMachine[ReceiverAction]):
         (ReceiverState.QUARANTINED, PeerUp): "_abort_again",
         (ReceiverState.QUARANTINED, PeerDown): "_ignore",
         (ReceiverState.QUARANTINED, WriterFenced): "_fenced",
+        (ReceiverState.QUARANTINED, RepeatDue): "_repeat_abort",
         (ReceiverState.SETTLING, OfferedAgain): "_abort_again",
         (ReceiverState.SETTLING, GivenUp): "_ignore",
         (ReceiverState.SETTLING, DoneArrived): "_ignore",

@@ -14,14 +14,15 @@ from kv_transfer import sender_state as state
 from kv_transfer.driver import Connect, Disconnect, PostWrites, TransferPort, WritesEnded
 from kv_transfer.peers import Peers, instance
 from kv_transfer.plan import WritePlan
+from kv_transfer.repeats import LIFETIME_SECONDS
 from kv_transfer.sender_state import SenderHandoff, SenderState
 
 CONNECT_SECONDS = 5.0
 """How long a handoff waits for its decode worker to be connected; covers a redial, not a restart."""
 
 SenderEvent = Union[
-    state.PeerUp, state.PeerDown, state.PeerReplaced, state.DeadlinePassed, state.Granted, state.Computed,
-    state.Finished, state.BatchEnded, state.Acked, state.AbortAsked, state.Cancelled,
+    state.PeerUp, state.PeerDown, state.PeerReplaced, state.DeadlinePassed, state.RepeatDue, state.Granted,
+    state.Computed, state.Finished, state.BatchEnded, state.Acked, state.AbortAsked, state.Cancelled,
 ]  # fmt: skip
 
 
@@ -58,7 +59,8 @@ class HandoffSender:
     `send(worker, epoch, message)` relays a control message to a peer. `thread` is this sender's own. `epoch` is our
     own instance's. Per handoff: `offer`, then `computed` after each chunk and `finish` after the last one, or `cancel`
     at any time; until `poll` returns its `HandoffEnded`, the pages given to `computed` must neither change nor be
-    reused. `stale` counts refused messages by type.
+    reused. One that is not over after `lifetime` seconds, longer than any request, fails. `stale` counts refused
+    messages by type.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class HandoffSender:
         *,
         epoch: int,
         connect_timeout: float = CONNECT_SECONDS,
+        lifetime: float = LIFETIME_SECONDS,
     ) -> None:
         self._thread = thread
         self._layout = layout
@@ -78,6 +81,7 @@ class HandoffSender:
         self._clock = clock
         self._with_digests = digests
         self._connect_timeout = connect_timeout
+        self._lifetime = lifetime
         self._peers = Peers(Role.PREFILL, epoch)
         self._handoffs: dict[Fence, _Handoff] = {}
         self._ended: list[HandoffEnded] = []
@@ -124,7 +128,15 @@ class HandoffSender:
             raise IllegalTransition(f"{fence} was offered before")
         now = self._clock.now()
         plan = WritePlan(tokens, self._layout.page_size)
-        machine = SenderHandoff(fence, plan, self._layout.page_bytes, self._connect_timeout, now, self._with_digests)
+        machine = SenderHandoff(
+            fence,
+            plan,
+            self._layout.page_bytes,
+            self._connect_timeout,
+            now,
+            self._with_digests,
+            expires_at=now + self._lifetime,
+        )
         handoff = self._handoffs[fence] = _Handoff(machine, decode)
         connected = self._peers.epoch_of(decode)
         if connected is not None:
@@ -180,9 +192,9 @@ class HandoffSender:
             ended = state.BatchEnded(result.batch, result.error, result.digests, result.started, result.ended)
             self._handle(self._handoffs[result.fence], ended)
         for handoff in list(self._handoffs.values()):
-            deadline = handoff.machine.deadline
-            if deadline is not None and now >= deadline:
-                self._handle(handoff, state.DeadlinePassed())
+            due = handoff.machine.timer(now)
+            if due is not None:
+                self._handle(handoff, due)
 
     def linger(self, seconds: float) -> None:
         """Waits, at most so long, until what is computed to its end is written, and so DONE has left. A step that

@@ -6,6 +6,16 @@
 
 Its promise: `Release` comes exactly once, and only when no write is under way and none will come. Only then may our
 source pages be reused; and only then ABORTED may tell the receiver that its own pages are free.
+
+It never waits without an end, whatever is lost on the way:
+
+    in           for                     said again                until at most
+    UNCONNECTED  the connection          -                         `connect_timeout`
+    OFFERED      GRANT                   OFFER: timer, reconnect   `expires_at`
+    SENDING      our own chunks, writes  -                         `expires_at`; writes: see `kv_transfer.driver`
+    HOLDING      ACK                     DONE: timer, reconnect    `expires_at`; unconnected: `connect_timeout`
+    STOPPING     our own writes          -                         the driver ends them, or the process
+    (gone)       -                       ABORTED, when asked       -
 """
 
 from __future__ import annotations
@@ -13,12 +23,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from math import inf
 from typing import Union
 
 from cluster.errors import BatonError, ErrorInfo, PeerUnreachable, ProtocolError, TransferFailed, WorkerLost
 from cluster.messages import Aborted, Done, Fence, Grant, HandoffTimings, Offer, Role
 from cluster.state_machine import StateMachine
 from kv_transfer.plan import Batch, WritePlan
+from kv_transfer.repeats import Repeats
 
 
 class SenderState(Enum):
@@ -54,7 +66,12 @@ class PeerReplaced:
 
 @dataclass(frozen=True)
 class DeadlinePassed:
-    """It was not connected for too long; see `SenderHandoff.deadline`."""
+    """It was not connected for too long, or has expired; see `SenderHandoff.timer`."""
+
+
+@dataclass(frozen=True)
+class RepeatDue:
+    """What we have said last is unanswered; see `SenderHandoff.timer`."""
 
 
 @dataclass(frozen=True)
@@ -133,15 +150,24 @@ class SenderHandoff(StateMachine[SenderAction]):
     """See the module's docstring. `connect_timeout` is in seconds, `page_bytes` is for the timings."""
 
     def __init__(
-        self, fence: Fence, plan: WritePlan, page_bytes: int, connect_timeout: float, now: float, digests: bool
+        self,
+        fence: Fence,
+        plan: WritePlan,
+        page_bytes: int,
+        connect_timeout: float,
+        now: float,
+        digests: bool,
+        expires_at: float = inf,
     ) -> None:
         super().__init__(f"sender {fence}", SenderState.UNCONNECTED)
         self.fence = fence
-        self.deadline: float | None = now + connect_timeout
-        """When `DeadlinePassed` is due."""
         self._plan = plan
         self._page_bytes = page_bytes
         self._connect_timeout = connect_timeout
+        self._connect_by = now + connect_timeout
+        """inf while it is connected."""
+        self._expires_at = expires_at
+        self._repeats = Repeats()
         self._with_digests = digests
         self._in_flight = 0
         self._digests: dict[int, int] = {}
@@ -160,28 +186,50 @@ class SenderHandoff(StateMachine[SenderAction]):
         """Nothing but writes that are under way stands before DONE."""
         return self.state is SenderState.SENDING and self._first_token is not None
 
+    def timer(self, now: float) -> DeadlinePassed | RepeatDue | None:
+        """The event that is due by now, if any; ask a few times a second."""
+        if not self.accepts(DeadlinePassed):
+            return None
+        if now >= min(self._connect_by, self._expires_at):
+            return DeadlinePassed()
+        return RepeatDue() if self._repeats.is_due(now) else None
+
     # --- the connection ----------------------------------------------------------------------------------------------
 
     def _offer(self, event: PeerUp, now: float) -> list[SenderAction]:
         if self.state is SenderState.UNCONNECTED:
             self._offered_at = now
-        self.deadline = None
+        self._connect_by = inf
+        self._repeats.start(now)
         self.to(SenderState.OFFERED)
         return [Send(Offer(self.fence, self._plan.tokens))]
 
     def _wait_for_peer(self, event: PeerDown, now: float) -> list[SenderAction]:
         """No page was granted to us yet, as far as we know: offer again when it is back."""
-        self.deadline = now + self._connect_timeout
+        self._disconnected(now)
         self.to(SenderState.UNCONNECTED)
         return []
 
     def _wait_for_ack(self, event: PeerDown, now: float) -> list[SenderAction]:
         """All is written: if the receiver lives, it may well be decoding from our pages already."""
-        self.deadline = now + self._connect_timeout
+        self._disconnected(now)
         return []
 
+    def _disconnected(self, now: float) -> None:
+        self._connect_by = now + self._connect_timeout
+        self._repeats.stop()
+
     def _done_again(self, event: PeerUp, now: float) -> list[SenderAction]:
-        self.deadline = None
+        self._connect_by = inf
+        self._repeats.start(now)
+        return [self._done()]
+
+    def _repeat_offer(self, event: RepeatDue, now: float) -> list[SenderAction]:
+        self._repeats.again(now)
+        return [Send(Offer(self.fence, self._plan.tokens))]
+
+    def _repeat_done(self, event: RepeatDue, now: float) -> list[SenderAction]:
+        self._repeats.again(now)
         return [self._done()]
 
     def _lost(self, event: PeerDown, now: float) -> list[SenderAction]:
@@ -191,8 +239,11 @@ class SenderHandoff(StateMachine[SenderAction]):
         return self._fail(WorkerLost("the decode worker was restarted").to_info(), Role.DECODE)
 
     def _too_late(self, event: DeadlinePassed, now: float) -> list[SenderAction]:
-        message = f"the decode worker is not connected since {self._connect_timeout:g} s"
-        return self._fail(WorkerLost(message).to_info(), Role.DECODE)
+        if now >= self._connect_by:
+            message = f"the decode worker is not connected since {self._connect_timeout:g} s"
+            return self._fail(WorkerLost(message).to_info(), Role.DECODE)
+        error = TransferFailed(f"the handoff has expired in {self.state.name}").to_info()
+        return self._fail(error, Role.PREFILL if self.state is SenderState.SENDING else Role.DECODE)
 
     # --- pages -------------------------------------------------------------------------------------------------------
 
@@ -202,6 +253,7 @@ class SenderHandoff(StateMachine[SenderAction]):
         except ProtocolError as error:
             return self._fail(error.to_info(), Role.DECODE)
         self._granted_at = now
+        self._repeats.stop()
         self.to(SenderState.SENDING)
         return self._advance(now)
 
@@ -247,6 +299,7 @@ class SenderHandoff(StateMachine[SenderAction]):
         if self._first_token is None or self._in_flight or not self._plan.complete:
             return []
         self._done_at = now
+        self._repeats.start(now)
         self.to(SenderState.HOLDING)
         return [self._done()]
 
@@ -285,7 +338,6 @@ class SenderHandoff(StateMachine[SenderAction]):
 
     def _fail(self, error: ErrorInfo, blame: Role | None) -> list[SenderAction]:
         self._outcome = (error, blame)
-        self.deadline = None
         self.to(SenderState.STOPPING)
         return self._end_if_still()
 
@@ -318,6 +370,8 @@ class SenderHandoff(StateMachine[SenderAction]):
         (SenderState.OFFERED, PeerUp): "_offer",
         (SenderState.OFFERED, PeerDown): "_wait_for_peer",
         (SenderState.OFFERED, PeerReplaced): "_replaced",
+        (SenderState.OFFERED, DeadlinePassed): "_too_late",
+        (SenderState.OFFERED, RepeatDue): "_repeat_offer",
         (SenderState.OFFERED, Granted): "_granted",
         (SenderState.OFFERED, Computed): "_computed",
         (SenderState.OFFERED, Finished): "_finished",
@@ -326,6 +380,7 @@ class SenderHandoff(StateMachine[SenderAction]):
         (SenderState.SENDING, PeerUp): "_ignore",
         (SenderState.SENDING, PeerDown): "_lost",
         (SenderState.SENDING, PeerReplaced): "_replaced",
+        (SenderState.SENDING, DeadlinePassed): "_too_late",
         (SenderState.SENDING, Granted): "_granted_again",
         (SenderState.SENDING, Computed): "_computed",
         (SenderState.SENDING, Finished): "_finished",
@@ -336,6 +391,7 @@ class SenderHandoff(StateMachine[SenderAction]):
         (SenderState.HOLDING, PeerDown): "_wait_for_ack",
         (SenderState.HOLDING, PeerReplaced): "_replaced",
         (SenderState.HOLDING, DeadlinePassed): "_too_late",
+        (SenderState.HOLDING, RepeatDue): "_repeat_done",
         (SenderState.HOLDING, Granted): "_ignore",
         (SenderState.HOLDING, Acked): "_acked",
         (SenderState.HOLDING, AbortAsked): "_abort",

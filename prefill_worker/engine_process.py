@@ -36,7 +36,15 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
         context.board.transfers_seen,
         topology.kv.write_timeout_seconds,
     )
-    sender = HandoffSender(thread, engine.layout, context.send_to_peer, context.clock, check, epoch=epoch)
+    sender = HandoffSender(
+        thread,
+        engine.layout,
+        context.send_to_peer,
+        context.clock,
+        check,
+        epoch=epoch,
+        lifetime=topology.router.request_timeout_seconds,
+    )
     ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current(), speed)
     loop = PrefillLoop(engine, sender, context.send, context.channel.receive_only, context.clock, epoch, thread.close)
     return ProfiledSteps(loop, lambda: engine.steps, context.send), ready

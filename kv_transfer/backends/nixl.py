@@ -100,6 +100,7 @@ class NixlBackend:
         self._name = agent
         self._pool = pool
         self._memory, self._device = _memory_kind(pool.device)
+        self._agent: Any = None
         self._peers: dict[str, _Peer] = {}
         self._writes: weakref.WeakSet[NixlWrite] = weakref.WeakSet()
         self._start()
@@ -164,7 +165,7 @@ class NixlBackend:
     def _start(self) -> None:
         """A fresh agent with the pool registered; about half a second."""
         config = self._api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-        self._agent: Any = self._api.nixl_agent(f"{self._name}-{uuid.uuid4().hex[:12]}", config)
+        self._agent = self._api.nixl_agent(f"{self._name}-{uuid.uuid4().hex[:12]}", config)
         pool = self._pool
         self._registration = self._agent.register_memory(
             [(pool.address, pool.total_bytes, self._device, "")], self._memory

@@ -7,6 +7,7 @@ from cluster.messages import Abort, Ack, Grant, Role
 from kv_transfer.receiver_state import (
     AbortedArrived,
     Accept,
+    DeadlinePassed,
     DoneArrived,
     DrainWrites,
     EndLease,
@@ -20,6 +21,7 @@ from kv_transfer.receiver_state import (
     PeerUp,
     ReceiverLease,
     ReceiverState,
+    RepeatDue,
     Send,
     Verified,
     Verify,
@@ -28,6 +30,7 @@ from kv_transfer.receiver_state import (
 from tests.unit.kv_transfer.world import fence
 
 ERROR = ErrorInfo("TransferFailed", "because")
+EXPIRY = 600.0
 EVENTS = {
     event_type: event_type(*arguments)
     for event_type, arguments in {
@@ -40,6 +43,8 @@ EVENTS = {
         PeerUp: (),
         PeerDown: (),
         WriterFenced: (),
+        DeadlinePassed: (),
+        RepeatDue: (),
         PagesSettled: (),
     }.items()
 }
@@ -55,7 +60,7 @@ NEEDS_THE_WRITERS_WORD = {ReceiverState.GRANTED, ReceiverState.QUARANTINED}
 
 
 def in_state(state: ReceiverState, digests: bool = True) -> ReceiverLease:
-    lease = ReceiverLease(fence(), tokens=6, page_size=4, digests=digests)
+    lease = ReceiverLease(fence(), tokens=6, page_size=4, digests=digests, expires_at=EXPIRY)
     for event_type in TO_STATE[state]:
         lease.handle(EVENTS[event_type], 1.0)
     assert lease.state is state
@@ -115,6 +120,38 @@ def test_quarantined_pages_come_back_by_the_writers_word_or_its_death(proof):
     assert isinstance(asked.message, Abort), "a reconnected writer is asked again"
     assert lease.handle(EVENTS[proof], 1.0) == [DrainWrites()]
     assert lease.handle(PagesSettled(), 1.0) == [EndLease()]
+
+
+@pytest.mark.parametrize(("state", "said"), [(ReceiverState.GRANTED, Grant), (ReceiverState.QUARANTINED, Abort)])
+def test_a_writer_is_asked_until_it_answers(state, said):
+    lease = in_state(state)
+    for asked in range(1, 20):
+        later = 100.0 * asked
+        if later >= EXPIRY and state is ReceiverState.GRANTED:
+            break
+        assert lease.timer(later) == RepeatDue()
+        (again,) = lease.handle(RepeatDue(), later)
+        assert isinstance(again.message, said)
+        assert lease.timer(later + 1.0) is None
+    assert lease.state is state
+
+
+def test_an_offer_that_our_worker_never_answers_expires_by_our_own_fault():
+    lease = in_state(ReceiverState.OFFERED)
+    assert (lease.timer(EXPIRY - 1), lease.timer(EXPIRY)) == (None, DeadlinePassed())
+    abort, fail = lease.handle(DeadlinePassed(), EXPIRY)
+    assert isinstance(abort.message, Abort)
+    assert fail.blame is Role.DECODE
+    assert lease.state is ReceiverState.ENDED
+
+
+def test_a_grant_that_is_never_written_expires_but_its_pages_stay_the_writers():
+    lease = in_state(ReceiverState.GRANTED)
+    assert lease.timer(EXPIRY) == DeadlinePassed()
+    abort, fail = lease.handle(DeadlinePassed(), EXPIRY)
+    assert isinstance(abort.message, Abort)
+    assert (fail.error.code, fail.blame) == ("TransferFailed", Role.PREFILL)
+    assert lease.state is ReceiverState.QUARANTINED
 
 
 def test_a_broken_connection_is_told_at_once_and_blames_prefill():

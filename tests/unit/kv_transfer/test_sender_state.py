@@ -1,5 +1,7 @@
 """The sender's machine: every state and event, and the paths that matter."""
 
+from itertools import pairwise
+
 import pytest
 
 from cluster.errors import ErrorInfo, IllegalTransition, PeerUnreachable, TransferFailed
@@ -19,6 +21,7 @@ from kv_transfer.sender_state import (
     PeerUp,
     Post,
     Release,
+    RepeatDue,
     Send,
     SenderHandoff,
     SenderState,
@@ -26,6 +29,7 @@ from kv_transfer.sender_state import (
 from tests.unit.kv_transfer.world import fence
 
 ERROR = ErrorInfo("TransferFailed", "because")
+EXPIRY = 600.0
 EVENTS = {
     event_type: event_type(*arguments)
     for event_type, arguments in {
@@ -33,6 +37,7 @@ EVENTS = {
         PeerDown: (),
         PeerReplaced: (),
         DeadlinePassed: (),
+        RepeatDue: (),
         Granted: (Grant(fence(), [7, 8]),),
         Computed: ([1, 2], 6),
         Finished: (42,),
@@ -45,7 +50,9 @@ EVENTS = {
 
 
 def machine() -> SenderHandoff:
-    return SenderHandoff(fence(), WritePlan(6, 4), page_bytes=32, connect_timeout=5.0, now=0.0, digests=True)
+    return SenderHandoff(
+        fence(), WritePlan(6, 4), page_bytes=32, connect_timeout=5.0, now=0.0, digests=True, expires_at=EXPIRY
+    )
 
 
 def post(actions):
@@ -152,13 +159,45 @@ def test_a_second_grant_with_other_pages_ends_the_handoff():
 def test_done_is_said_again_after_a_reconnection_and_given_up_after_the_timeout():
     handoff, _ = in_state(SenderState.HOLDING)
     handoff.handle(PeerDown(), 3.0)
-    assert handoff.deadline == 8.0
+    assert handoff.timer(7.9) is None, "nobody is there to hear a repetition"
+    assert handoff.timer(8.0) == DeadlinePassed()
     (again,) = handoff.handle(PeerUp(), 4.0)
     assert isinstance(again.message, Done)
-    assert handoff.deadline is None
+    assert handoff.timer(8.0) == RepeatDue()
     handoff.handle(PeerDown(), 5.0)
     *_, release = handoff.handle(DeadlinePassed(), 10.0)
     assert (release.error.code, release.blame) == ("WorkerLost", Role.DECODE)
+
+
+@pytest.mark.parametrize(("state", "said"), [(SenderState.OFFERED, Offer), (SenderState.HOLDING, Done)])
+def test_what_is_not_answered_is_said_again_ever_more_rarely(state, said):
+    handoff, _ = in_state(state)
+    times = []
+    for tenth in range(600):
+        if isinstance(handoff.timer(tenth / 10), RepeatDue):
+            (again,) = handoff.handle(RepeatDue(), tenth / 10)
+            assert isinstance(again.message, said)
+            times.append(tenth / 10)
+    pauses = [after - before for before, after in pairwise(times)]
+    assert pauses[:3] == [2.0, 4.0, 8.0]
+    assert set(pauses[3:]) == {10.0}
+
+
+@pytest.mark.parametrize(
+    ("state", "blame"),
+    [(SenderState.OFFERED, Role.DECODE), (SenderState.SENDING, Role.PREFILL), (SenderState.HOLDING, Role.DECODE)],
+)
+def test_a_connected_handoff_expires_and_blames_who_was_waited_for(state, blame):
+    handoff, write = in_state(state)
+    assert handoff.timer(EXPIRY - 1) != DeadlinePassed()
+    assert handoff.timer(EXPIRY) == DeadlinePassed()
+    actions = handoff.handle(DeadlinePassed(), EXPIRY)
+    if state is SenderState.SENDING:
+        assert actions == [], "a write is under way"
+        actions = handoff.handle(ended(write.batch), EXPIRY)
+    *_, release = actions
+    assert (release.error.code, release.blame) == ("TransferFailed", blame)
+    assert handoff.timer(2 * EXPIRY) is None
 
 
 def test_finish_before_all_tokens_are_computed_is_our_own_bug():
