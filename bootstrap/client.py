@@ -42,23 +42,27 @@ class Registration:
         self._member = member
         self._load = load
         self._link: Link | None = None
+        self._left = False
         self.registered = asyncio.Event()
         """Set once bootstrap has accepted this worker, and from then on."""
 
     async def run(self) -> None:
-        """Runs until cancelled. Raises the typed error if bootstrap refuses this worker."""
+        """Runs until `leave`, or until cancelled. Raises the typed error if bootstrap refuses this worker."""
         backoff = Backoff()
-        while True:
+        while not self._left:
             try:
                 link = await dial(self._session, self._url)
             except LinkClosed as error:
                 log.debug("bootstrap is away", reason=str(error))
             else:
                 await self._serve(link, backoff)
-            await asyncio.sleep(backoff.next())
+            if not self._left:
+                await asyncio.sleep(backoff.next())
 
     async def leave(self, reason: str) -> None:
-        """Tells bootstrap that no new work is wanted; then `run` may be cancelled."""
+        """Tells bootstrap that this instance takes no new work, and ends `run`. While bootstrap is away nobody is told:
+        the lease has ended then, or will. A second call does nothing."""
+        self._left = True
         if self._link is not None:
             self._link.post(Leave(self._member.worker, self._member.epoch, reason))
             await self._link.close()

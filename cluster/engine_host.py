@@ -28,6 +28,8 @@ class EngineHost:
         self.board = board
         self._process = process
         self._channel = channel
+        self._listens = False
+        """It has begun to read what is posted."""
 
     @classmethod
     async def start(cls, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> EngineHost:
@@ -53,6 +55,7 @@ class EngineHost:
         """Waits for the model to be loaded and warm. Raises what the engine process failed with."""
         messages = await self._channel.receive()
         if messages and isinstance(messages[0], EngineReady):
+            self._listens = True
             return messages[0]
         if messages and isinstance(messages[0], EngineFailed):
             raise from_info(messages[0].error)
@@ -79,6 +82,8 @@ class EngineHost:
     async def close(self) -> None:
         """Asks it to stop, waits for its last step, kills it if that takes too long. When this returns the process is
         dead, and reaped by us: nothing of it can write any more."""
+        if not self._listens:
+            self.kill()
         self._channel.post(Stop())
         try:
             await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
@@ -86,7 +91,7 @@ class EngineHost:
             log.warning("the engine process does not stop: killing it", pid=self._process.pid)
             self._process.kill()
             await self._process.wait()
-        self._channel.close()
+        await self._channel.close()
         self.board.close()
 
     async def _exit(self) -> str:

@@ -166,5 +166,7 @@ class ControlChannel:
             if messages:
                 return messages
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._writer.close()
+        with contextlib.suppress(ConnectionError):  # the other side went first
+            await self._writer.wait_closed()

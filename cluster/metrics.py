@@ -86,6 +86,12 @@ class RouterMetrics:
             ["reason"],
             registry=registry,
         )
+        self.breaker_trips = Counter(
+            "baton_breaker_trips_total",
+            "Times that a worker was shut out for a while, after failures of requests that it had.",
+            ["worker", "role"],
+            registry=registry,
+        )
         self.workers = Gauge("baton_workers", "Live workers in the router's view.", ["role"], registry=registry)
         self.stale = Counter(
             "baton_stale_messages_total", "Messages refused for their fence.", ["kind"], registry=registry
@@ -130,6 +136,10 @@ class WorkerMetrics:
         self._transfers = gauge("baton_transfers_in_flight", "Handoffs between OFFER and end.")
         self._stale = counter("baton_worker_stale_messages_total", "Messages refused for their fence.", "kind")
         self._peers = gauge("baton_peers", "Connected peers of the other pool.")
+        self._ready = gauge("baton_ready", "1 while the worker takes new work.")
+        self._engine_restarts = counter("baton_engine_restarts_total", "Engine processes started after a death.")
+        self._stalls = counter("baton_stalls_total", "Times that a part stopped making progress.", "part")
+        self._oldest_transfer = gauge("baton_oldest_transfer_seconds", "Age of the oldest unfinished transfer.")
         self._unauthorized = counter(_UNAUTHORIZED, _UNAUTHORIZED_TEXT, "reason")
         self._refused = counter(
             "baton_refused_links_total",
@@ -175,6 +185,18 @@ class WorkerMetrics:
 
     def peers(self, count: int) -> None:
         self._peers.labels(**self._labels).set(count)
+
+    def observe_ready(self, *, ready: bool) -> None:
+        self._ready.labels(**self._labels).set(ready)
+
+    def engine_restarted(self) -> None:
+        self._engine_restarts.labels(**self._labels).inc()
+
+    def stalled(self, part: str) -> None:
+        self._stalls.labels(**self._labels, part=part).inc()
+
+    def observe_oldest_transfer(self, seconds: float) -> None:
+        self._oldest_transfer.labels(**self._labels).set(seconds)
 
     def unauthorized(self, reason: str) -> None:
         self._unauthorized.labels(**self._labels, reason=reason).inc()

@@ -6,12 +6,13 @@ link and the engine process, and tell it who came and went. At most one link per
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from cluster.engine_messages import FromPeer, PeerDown, PeerUp, ToPeer
 from cluster.errors import LayoutMismatch, UnknownMessage, from_info
 from cluster.layout import SCHEMA_VERSION
-from cluster.links import Link
+from cluster.links import Link, LinkClosed
 from cluster.logging import get_logger
 from cluster.messages import (
     Abort,
@@ -56,12 +57,37 @@ async def receive_hello(link: Link, role: Role) -> PeerHello:
 
 
 class PeerTable:
-    """The connected peers of one worker. `post` gives a message to the engine process."""
+    """The connected peers of one worker. `post` gives a message to the engine process.
+
+    Serves between `open` and `close`, which come with each life of the engine process.
+    """
 
     def __init__(self, post: Callable[[Message], None], on_count: Callable[[int], None]) -> None:
         self._post = post
         self._on_count = on_count
         self._links: dict[str, tuple[int, Link]] = {}
+        self._opened = asyncio.Event()
+        self.ours: PeerHello | None = None
+        """How this worker introduces itself; None while it has no engine process."""
+
+    def open(self, ours: PeerHello) -> None:
+        """An engine process is ready."""
+        self.ours = ours
+        self._opened.set()
+
+    async def close(self) -> None:
+        """It is dead, or about to be: every peer loses its link."""
+        self.ours = None
+        self._opened.clear()
+        links, self._links = [link for _, link in self._links.values()], {}
+        self._on_count(0)
+        await asyncio.gather(*(link.close() for link in links))
+
+    async def hello(self) -> PeerHello:
+        """`ours`, as soon as there is one."""
+        while self.ours is None:
+            await self._opened.wait()
+        return self.ours
 
     def send(self, message: ToPeer) -> None:
         """To that instance, if it is connected; else dropped, as `ToPeer` says."""
@@ -69,8 +95,11 @@ class PeerTable:
         if link is not None and epoch == message.epoch:
             link.post(message.message)
 
-    async def relay(self, hello: PeerHello, link: Link) -> None:
-        """Serves a checked peer until its link ends. Raises `LinkClosed`, or `ProtocolError` for a bad frame."""
+    async def relay(self, ours: PeerHello, hello: PeerHello, link: Link) -> None:
+        """Serves a checked peer, who knows us by `ours`, until its link ends. Raises `LinkClosed`, or `ProtocolError`
+        for a bad frame."""
+        if self.ours is not ours:
+            raise LinkClosed("our engine process has ended meanwhile")
         self._drop(hello.worker)
         self._links[hello.worker] = (hello.epoch, link)
         self._post(PeerUp(hello))
@@ -85,10 +114,6 @@ class PeerTable:
         finally:
             if self._links.get(hello.worker) == (hello.epoch, link):
                 self._drop(hello.worker)
-
-    async def close(self) -> None:
-        for _, link in list(self._links.values()):
-            await link.close()
 
     def _drop(self, worker: str) -> None:
         epoch, link = self._links.pop(worker, (0, None))

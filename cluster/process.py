@@ -8,6 +8,11 @@ import os
 import signal
 from collections.abc import Sequence
 
+EXIT_DONE = 0
+"""The process has done what it was to do, or was asked to end."""
+EXIT_RESTART = 75
+"""It has ended in order, and wants to be started anew: of sysexits.h, "try again"."""
+
 _PR_SET_PDEATHSIG = 1
 
 

@@ -16,7 +16,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from cluster.engine_messages import ProfileReply, StartProfile, StopProfile
-from cluster.errors import BatonError, Draining, InvalidRequest, from_info
+from cluster.errors import BatonError, Draining, InvalidRequest, WorkerLost, from_info
 from cluster.messages import (
     Message,
 )
@@ -62,6 +62,12 @@ class ProfileApi:
         waiter = self._asked.popleft()
         if not waiter.done():
             waiter.set_result(reply)
+
+    def engine_gone(self) -> None:
+        """Nobody will answer what was asked."""
+        lost = WorkerLost(f"{self._worker}'s engine process ended")
+        while self._asked:
+            self.answer(ProfileReply(error=lost.to_info()))
 
     async def _start(self, request: web.Request) -> ProfileFile:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -13,11 +12,12 @@ import uvloop
 from cluster.config import Topology
 from cluster.errors import BatonError
 from cluster.logging import configure, get_logger
+from cluster.process import EXIT_DONE
+from cluster.stop_signals import StopSignals
+from cluster.tasks import first_of
 from cluster.topology import load_topology
 
 log = get_logger(__name__)
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def topology_parser(program: str, what: str) -> argparse.ArgumentParser:
@@ -38,8 +38,13 @@ def worker_parser(program: str, what: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(process: str, topology_path: str, overrides: Sequence[str], main: Callable[[Topology], Awaitable[None]]) -> int:
-    """Loads the topology and runs `main` on an event loop. Returns the exit status: 0, or 1 after logging an error."""
+Main = Callable[[Topology], Awaitable[int | None]]
+"""What a process does; its exit status, 0 for None."""
+
+
+def run(process: str, topology_path: str, overrides: Sequence[str], main: Main) -> int:
+    """Loads the topology and runs `main` on an event loop. Returns the exit status: `main`'s, or 1 after logging an
+    error, or 2 for a topology that is wrong."""
     try:
         topology = load_topology(topology_path, overrides)
     except BatonError as error:
@@ -47,32 +52,31 @@ def run(process: str, topology_path: str, overrides: Sequence[str], main: Callab
         return 2
     configure(process, topology.logging)
     try:
-        uvloop.run(_awaiting(main(topology)))
+        return uvloop.run(_awaiting(main(topology))) or EXIT_DONE
     except BatonError as error:
         log.error("stopped", error=str(error), kind=type(error).__name__)
         return 1
     except Exception:
         log.exception("stopped by a defect", error="see the traceback")
         return 1
-    return 0
 
 
-async def _awaiting(main: Awaitable[None]) -> None:
-    await main
+async def _awaiting(main: Awaitable[int | None]) -> int | None:
+    return await main
 
 
-async def run_until_stopped(*tasks: asyncio.Task[None]) -> None:
-    """Waits for SIGTERM, SIGINT or the first of `tasks` to end; cancels the others, raises what that one raised."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in _STOP_SIGNALS:
-        loop.add_signal_handler(number, stop.set)
-    stopping = asyncio.create_task(stop.wait())
-    try:
-        done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done - {stopping}:
-            task.result()
-    finally:
-        for task in (stopping, *tasks):
-            task.cancel()
-        await asyncio.gather(stopping, *tasks, return_exceptions=True)
+async def run_until_stopped(*tasks: asyncio.Future[None], leave: Callable[[], None] | None = None) -> None:
+    """Waits for the first of `tasks` to end; cancels the others, raises what that one raised.
+
+    SIGTERM or SIGINT calls `leave`, which must lead to such an end; a second one, or the first where there is no
+    `leave`, cancels them all.
+    """
+
+    async def stop(signals: StopSignals) -> None:
+        await signals.wait()
+        if leave is not None:
+            leave()
+            await signals.wait()
+
+    with StopSignals() as signals:
+        await first_of(asyncio.ensure_future(stop(signals)), *tasks)

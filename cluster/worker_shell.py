@@ -1,6 +1,6 @@
 """The control process of a worker, but for what its role adds: HTTP, the engine process, the links of its routers.
 
-A role (`prefill_worker.control`, `decode_worker.control`) adds its connections to the peers of the other pool. Everything
+A role (`prefill_worker.control`, `decode_worker.control`) adds how it meets the peers of the other pool. Everything
 here is relaying: no attempt's state lives in a control process.
 
 The engine process is a child that may die, and is then started anew. All that is known of it under its epoch (member,
@@ -24,6 +24,7 @@ from cluster.engine_messages import EngineLoad, EngineReady, ProfileEnded, Profi
 from cluster.errors import BatonError, InvalidRequest, WorkerLost
 from cluster.health_state import (
     LOOKS_PER_HEARTBEAT,
+    Action,
     DrainAsked,
     EngineDied,
     EngineUp,
@@ -104,6 +105,8 @@ class WorkerShell:
         self._engine: EngineHost | None = None
         self._membership: Membership | None = None
         self._member: Member | None = None
+        self._ending: asyncio.Future[None] | None = None
+        """The end of the last life, once it has begun."""
         self._reported = Load()
         """By the engine process."""
         self._drain_asked = asyncio.Event()
@@ -117,7 +120,7 @@ class WorkerShell:
         router = self.app.router
         router.add_get("/health", self._ready)
         router.add_get("/ready", self._ready)
-        router.add_get("/live", self._live)
+        router.add_get("/live", self._is_live)
         router.add_get("/metrics", self._render_metrics)
         router.add_get("/server_info", self._server_info)
         router.add_get("/router", self._routers.serve)
@@ -146,6 +149,9 @@ class WorkerShell:
             self._engine.post(message)
 
     async def close(self) -> None:
+        """When this returns there is no engine process any more."""
+        if self._ending is not None:
+            await self._ending
         await self._server.stop()
 
     # --- lives of the engine process ---------------------------------------------------------------------------------
@@ -168,28 +174,31 @@ class WorkerShell:
                 return
 
     async def _live(self, join: Join) -> BatonError:
-        """One life; returns what it ended with."""
+        """One life; returns what it ended with. Raises what bootstrap refuses this worker with."""
         log.info("loading the model", model=self.topology.model.path, url=self._url)
-        command = self._command
-        engine = self._engine = await EngineHost.start(command.module, command.arguments, command.environment)
+        engine = self._engine = await EngineHost.start(*self._command)
         try:
-            member = self._begin(await engine.ready())
-            membership = self._membership = join(member)
-            relaying = asyncio.ensure_future(self._relay(engine))
-            beside = asyncio.ensure_future(together(membership.run(), self._look(engine), self._beat()))
             try:
-                await asyncio.wait({relaying, beside}, return_when=asyncio.FIRST_COMPLETED)
-                if beside.done():
-                    beside.result()
-                return await relaying
-            finally:
-                await cancel(relaying, beside)
-        except BatonError as death:
-            if self._member is not None:
-                raise  # not the engine process's: bootstrap refuses us
-            return death
+                ready = await engine.ready()
+            except BatonError as death:
+                return death
+            self._membership = join(self._begin(ready))
+            return await self._work(engine, self._membership)
         finally:
-            await self._end(engine)
+            # Whoever cancels us now must not cut it short: `close` waits for the rest.
+            self._ending = asyncio.ensure_future(self._end(engine))
+            await asyncio.shield(self._ending)
+
+    async def _work(self, engine: EngineHost, membership: Membership) -> BatonError:
+        relaying = asyncio.ensure_future(self._relay(engine))
+        beside = asyncio.ensure_future(together(membership.run(), self._look(engine), self._beat()))
+        try:
+            await asyncio.wait({relaying, beside}, return_when=asyncio.FIRST_COMPLETED)
+            if beside.done():
+                beside.result()
+            return await relaying
+        finally:
+            await cancel(relaying, beside)
 
     def _begin(self, ready: EngineReady) -> Member:
         section = self.topology.prefill if self.role is Role.PREFILL else self.topology.decode
@@ -222,13 +231,12 @@ class WorkerShell:
         return member
 
     async def _end(self, engine: EngineHost) -> None:
-        """Everybody learns of the end at once; peers last, when the process is dead for certain."""
+        """Routers and bootstrap learn of the end at once; peers when the process is dead for certain."""
         self._member, membership, self._membership = None, self._membership, None
         self.metrics.observe_ready(ready=False)
         self._profiles.engine_gone()
-        await asyncio.gather(
-            self._routers.close(), *([membership.leave("the engine process ended")] if membership else [])
-        )
+        leaving = [] if membership is None else [membership.leave("its engine process ended")]
+        await asyncio.gather(self._routers.close(), *leaving)
         self._engine = None
         await engine.close()
         await self.peers.close()
@@ -264,7 +272,7 @@ class WorkerShell:
             ready=self._reported.ready and self._health.ready,
             progress=progress.engine,
             oldest_transfer_seconds=0.0 if oldest is None else max(0.0, self._clock.now() - oldest),
-            stalled=self._health.stalled,
+            stalled=self._health.stalled or self._reported.stalled,
             draining=self._health.state is HealthState.DRAINING,
         )
 
@@ -288,14 +296,14 @@ class WorkerShell:
                     engine.kill()
             await asyncio.sleep(self.topology.bootstrap.heartbeat_seconds / LOOKS_PER_HEARTBEAT)
 
-    def _handle(self, event: object) -> list[object]:
+    def _handle(self, event: object) -> list[Action]:
         """Gives the event to the worker's health; what it wants told is told here."""
         actions = self._health.handle(event, self._clock.now())
         if any(isinstance(action, Tell) for action in actions):
             self.metrics.observe_ready(ready=self._health.ready)
             log.info("health", state=self._health.state.value, reason=self._health.reason)
             self._routers.beat()
-        return list(actions)
+        return actions
 
     async def _leave_when_asked(self) -> None:
         await self._drain_asked.wait()
@@ -308,9 +316,54 @@ class WorkerShell:
     # --- HTTP --------------------------------------------------------------------------------------------------------
 
     async def _ready(self, request: web.Request) -> web.Response:
-        """200 when this worker can take work."""
-        ready = self._health.ready and self._reported.ready
-        return _status("ready" if ready else "not ready", self._health.reason, ok=ready)
+        """200 when this worker can take work; else why it can't."""
+        load = self.load()
+        if load.ready:
+            return _status(200, "ready")
+        return _status(503, "not ready", self._health.reason or load.stalled)
 
-    async def _live(self_, request: web.Request) -> web.Response:  # noqa: N805
-        raise NotImplementedError
+    async def _is_live(self, request: web.Request) -> web.Response:
+        """200 unless the engine process has hung for so long that only an end from outside can help."""
+        if self._health.live:
+            return _status(200, "live")
+        return _status(503, "not live", self._health.reason)
+
+    async def _drain(self, request: web.Request) -> web.Response:
+        """Returns at once; the process ends when it has drained."""
+        try:
+            wanted = msgspec.json.decode(await request.read() or b"{}", type=DrainRequest)
+        except msgspec.DecodeError as error:
+            refusal = InvalidRequest(f"the body: {error}").to_info()
+            return _json({"error": refusal}, InvalidRequest.status)
+        if wanted.restart:
+            self.exit_code = EXIT_RESTART
+        self.ask_drain()
+        return _json({"worker": self.name, "drain_seconds": self.topology.worker.drain_seconds}, 202)
+
+    async def _render_metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=render(self.metrics.registry), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        """What operators and other routers ask of a worker."""
+        section = self.topology.prefill if self.role is Role.PREFILL else self.topology.decode
+        return _json(
+            {
+                "worker": self.name,
+                "model_path": self.topology.model.path,
+                "served_model_name": self.topology.served_model,
+                "tp_size": 1,
+                "dp_size": 1,
+                "disaggregation_mode": "null" if self.topology.unified else self.role.value,
+                "max_running_requests": section.max_running,
+                "member": self._member,
+                "load": self.load(),
+            }
+        )
+
+
+def _status(code: int, status: str, reason: str = "") -> web.Response:
+    return _json({"status": status, **({"reason": reason} if reason else {})}, code)
+
+
+def _json(body: object, code: int = 200) -> web.Response:
+    return web.Response(body=msgspec.json.encode(body), status=code, content_type="application/json")

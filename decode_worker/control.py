@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
 
 from aiohttp import web
 
@@ -12,10 +11,10 @@ from cluster.config import Topology
 from cluster.errors import Draining, ProtocolError
 from cluster.links import LinkClosed, accept
 from cluster.logging import get_logger
-from cluster.messages import Refused, Role
-from cluster.peers import PeerTable, receive_hello, require_compatible
+from cluster.messages import Member, Refused, Role
+from cluster.peers import receive_hello, require_compatible
 from cluster.server_process import run_until_stopped
-from cluster.worker_shell import WorkerShell
+from cluster.worker_shell import EngineCommand, WorkerShell
 
 log = get_logger(__name__)
 
@@ -23,50 +22,48 @@ log = get_logger(__name__)
 class PeerListener:
     """Serves `/peer`: one link for each prefill worker that fits us."""
 
-    def __init__(self, shell: WorkerShell, peers: PeerTable) -> None:
-        self._shell = shell
-        self._peers = peers
+    def __init__(self, shell: WorkerShell) -> None:
+        self._worker = shell.name
+        self._peers = shell.peers
+        self._metrics = shell.metrics
         shell.app.router.add_get("/peer", self._serve)
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         link = await accept(request)
         try:
             theirs = await receive_hello(link, Role.PREFILL)
-            if self._shell.member is None:
-                raise Draining(f"{self._shell.name} is still starting")
-            ours = self._shell.hello()
+            ours = self._peers.ours
+            if ours is None:
+                raise Draining(f"{self._worker} has no engine process yet")
             require_compatible(ours, theirs)
             link.post(ours)
-            await self._peers.relay(theirs, link)
+            await self._peers.relay(ours, theirs, link)
         except LinkClosed:
             pass
         except (ProtocolError, Draining) as error:
             log.error("refused a peer", peer=link.peer, error=str(error))
-            self._shell.metrics.refused("peer")
+            self._metrics.refused("peer")
             link.post(Refused(error.to_info()))
         finally:
             await link.close()
         return web.Response()
 
 
-async def serve(
-    topology: Topology, name: str, host: str, port: int, engine: Sequence[str], env: Mapping[str, str]
-) -> None:
-    """Runs the worker until SIGTERM or SIGINT; `engine` are its engine process's arguments, `env` its environment.
+async def serve(topology: Topology, name: str, host: str, port: int, command: EngineCommand) -> int:
+    """Runs the worker until it is drained, by SIGTERM, SIGINT or over HTTP. Returns its exit status.
 
-    Raises `ConfigError` if it can't start and `WorkerLost` when its engine process dies.
+    Raises `ConfigError` if it can't start and `WorkerLost` when its engine process dies again and again.
     """
-    shell = WorkerShell(name, Role.DECODE, topology)
-    peers = PeerTable(shell.post, shell.metrics.peers)
-    shell.on_peer_message = peers.send
-    PeerListener(shell, peers)
+    shell = WorkerShell(name, Role.DECODE, topology, command)
+    PeerListener(shell)
+
+    def join(member: Member) -> Registration:
+        return Registration(session, topology.bootstrap_url, member, shell.load)
+
     async with shell.security.session() as session:
         try:
-            member = await shell.start(host, port, "decode_worker.engine_process", engine, env)
-            registration = Registration(session, topology.bootstrap_url, member, lambda: shell.load)
-            relaying = [shell.run(), registration.run()]
-            await run_until_stopped(*(asyncio.create_task(part) for part in relaying))
-            await registration.leave("stopped")
+            await shell.listen(host, port)
+            await run_until_stopped(asyncio.ensure_future(shell.run(join)), leave=shell.ask_drain)
         finally:
-            await peers.close()
             await shell.close()
+    return shell.exit_code

@@ -6,6 +6,7 @@ import sys
 
 from cluster.config import Topology
 from cluster.server_process import run, worker_parser
+from cluster.worker_shell import EngineCommand
 from engine.environment import engine_environment
 from kv_transfer.backends import backend_environment
 from prefill_worker.control import serve
@@ -18,10 +19,11 @@ def main() -> int:
     for override in arguments.set:
         engine += ["--set", override]
 
-    async def start(topology: Topology) -> None:
+    async def start(topology: Topology) -> int:
         host = arguments.host or topology.prefill.host
         environment = engine_environment() | backend_environment(topology.kv.transfer)
-        await serve(topology, name, host, arguments.port, [*engine, "--host", host], environment)
+        command = EngineCommand("prefill_worker.engine_process", [*engine, "--host", host], environment)
+        return await serve(topology, name, host, arguments.port, command)
 
     return run(name, arguments.topology, arguments.set, start)
 

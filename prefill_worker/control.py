@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
 
 import aiohttp
 
@@ -15,7 +14,7 @@ from cluster.logging import get_logger
 from cluster.messages import Member, Role
 from cluster.peers import PeerTable, receive_hello, require_compatible
 from cluster.server_process import run_until_stopped
-from cluster.worker_shell import WorkerShell
+from cluster.worker_shell import EngineCommand, WorkerShell
 
 log = get_logger(__name__)
 
@@ -24,10 +23,10 @@ REFUSED_SECONDS = 10.0
 
 
 class PeerDialer:
-    """Keeps a link to each decode worker of the roster; one task per instance while it is wanted or linked."""
+    """Keeps a link to each decode worker of the roster; one task per instance while it is wanted or linked. While we
+    have no engine process ourselves, the tasks wait for the next one."""
 
-    def __init__(self, shell: WorkerShell, session: aiohttp.ClientSession, peers: PeerTable) -> None:
-        self._shell = shell
+    def __init__(self, session: aiohttp.ClientSession, peers: PeerTable) -> None:
         self._session = session
         self._peers = peers
         self._wanted: dict[str, int] = {}
@@ -70,37 +69,35 @@ class PeerDialer:
             await asyncio.sleep(backoff.next())
 
     async def _connect(self, member: Member) -> None:
+        ours = await self._peers.hello()
         link = await dial(self._session, f"{member.url}/peer")
         try:
-            ours = self._shell.hello()
             link.post(ours)
             theirs = await receive_hello(link, Role.DECODE)
             require_compatible(ours, theirs)
-            await self._peers.relay(theirs, link)
+            await self._peers.relay(ours, theirs, link)
         finally:
             await link.close()
 
 
-async def serve(
-    topology: Topology, name: str, host: str, port: int, engine: Sequence[str], env: Mapping[str, str]
-) -> None:
-    """Runs the worker until SIGTERM or SIGINT; `engine` are its engine process's arguments, `env` its environment.
+async def serve(topology: Topology, name: str, host: str, port: int, command: EngineCommand) -> int:
+    """Runs the worker until it is drained, by SIGTERM, SIGINT or over HTTP. Returns its exit status.
 
-    Raises `ConfigError` if it can't start and `WorkerLost` when its engine process dies.
+    Raises `ConfigError` if it can't start and `WorkerLost` when its engine process dies again and again.
     """
-    shell = WorkerShell(name, Role.PREFILL, topology)
-    peers = PeerTable(shell.post, shell.metrics.peers)
-    shell.on_peer_message = peers.send
+    shell = WorkerShell(name, Role.PREFILL, topology, command)
+
+    def join(member: Member) -> Registration:
+        return Registration(session, topology.bootstrap_url, member, shell.load)
+
     async with shell.security.session() as session:
-        dialer = PeerDialer(shell, session, peers)
+        dialer = PeerDialer(session, shell.peers)
+        roster = RosterWatcher(session, topology.bootstrap_url, name, dialer.on_change)
         try:
-            member = await shell.start(host, port, "prefill_worker.engine_process", engine, env)
-            registration = Registration(session, topology.bootstrap_url, member, lambda: shell.load)
-            roster = RosterWatcher(session, topology.bootstrap_url, name, dialer.on_change)
-            relaying = [shell.run(), registration.run(), roster.run()]
-            await run_until_stopped(*(asyncio.create_task(part) for part in relaying))
-            await registration.leave("stopped")
+            await shell.listen(host, port)
+            working = asyncio.ensure_future(shell.run(join))
+            await run_until_stopped(working, asyncio.ensure_future(roster.run()), leave=shell.ask_drain)
         finally:
             await dialer.close()
-            await peers.close()
             await shell.close()
+    return shell.exit_code

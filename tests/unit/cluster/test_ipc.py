@@ -116,7 +116,7 @@ async def test_the_control_side_gets_messages_in_order_and_then_the_end(ends):
     assert got == [MESSAGES[1]]
     theirs.shutdown(socket.SHUT_RDWR)
     assert await control.receive() == []
-    control.close()
+    await control.close()
 
 
 @pytest.fixture

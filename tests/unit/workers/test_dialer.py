@@ -22,7 +22,7 @@ class Dialer(PeerDialer):
     """Notes whom it dials; a link lives until the test ends it."""
 
     def __init__(self) -> None:
-        super().__init__(None, None, None)
+        super().__init__(None, None)
         self.dialed: list[tuple[str, int]] = []
         self.links: dict[tuple[str, int], asyncio.Event] = {}
 
