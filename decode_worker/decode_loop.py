@@ -19,7 +19,7 @@ from cluster.engine_messages import (
     RouterGone,
     ToRouter,
 )
-from cluster.errors import ErrorInfo, RequestError, StaleFence, WorkerLost
+from cluster.errors import Draining, ErrorInfo, RequestError, StaleFence, WorkerLost
 from cluster.logging import get_logger
 from cluster.messages import (
     Aborted,
@@ -37,6 +37,7 @@ from cluster.messages import (
 )
 from decode_worker import decode_state as state
 from decode_worker.decode_state import DecodeMachine, DecodeState
+from decode_worker.quarantine_state import Counted, QuarantineWatch, Warn
 from engine.engine import Engine, StepPlan, StepResult
 from engine.pages import Owner, OwnerKind
 from engine.sequence import Sequence
@@ -52,7 +53,9 @@ ENDED_MEMORY = 4096
 LINGER_SECONDS = 0.001
 """How long a step may wait for KV that has arrived to be verified: a sequence that misses it waits for all of it."""
 PeerMessage = FromPeer | PeerUp | PeerDown
-WAITING_STATES = (DecodeState.RESERVING, DecodeState.OFFERED, DecodeState.AWAITING_KV)
+PAGELESS_STATES = (DecodeState.RESERVING, DecodeState.OFFERED)
+WAITING_STATES = (*PAGELESS_STATES, DecodeState.AWAITING_KV)
+CLOSING = "too many pages of this worker are in quarantine: its engine process is about to start anew"
 
 
 @dataclass(slots=True)
@@ -78,6 +81,7 @@ class DecodeLoop:
         clock: Clock,
         epoch: int,
         on_close: Callable[[], None],
+        quarantine: QuarantineWatch,
     ) -> None:
         self._engine = engine
         self._receiver = receiver
@@ -86,6 +90,7 @@ class DecodeLoop:
         self._clock = clock
         self._epoch = epoch
         self._on_close = on_close
+        self._quarantine = quarantine
         self._attempts: dict[Fence, _Attempt] = {}
         self._wanting: dict[Fence, Sequence] = {}
         """Offered attempts that wait for pages."""
@@ -132,7 +137,9 @@ class DecodeLoop:
         try:
             self._require_our_life(fence)
             self._engine.require_computable(_sequence(message, now))
-        except (RequestError, StaleFence) as error:
+            if self._quarantine.closing:
+                raise Draining(CLOSING)
+        except (RequestError, StaleFence, Draining) as error:
             self._send(ToRouter(router, AttemptFailed(fence, Role.DECODE, Role.DECODE, error.to_info())))
             return
         attempt = self._attempts[fence] = _Attempt(router, DecodeMachine(message, received_at))
@@ -156,6 +163,7 @@ class DecodeLoop:
             self._from_receiver(event, now)
         while (retracted := self._engine.retract()) is not None:
             self._feed(retracted, state.Retracted(), now)
+        self._watch_quarantine(now)
         self._lease_pages(now)
         self._refuse_orphans(now)
         plan = self._engine.plan(now)
@@ -216,6 +224,27 @@ class DecodeLoop:
         for fence in [fence for fence, since in self._early.items() if now - since > EARLY_OFFER_SECONDS]:
             del self._early[fence]
             self._receiver.refuse(fence, WorkerLost("no router sent this attempt to the decode worker").to_info())
+
+    def _watch_quarantine(self, now: float) -> None:
+        """Raises `QuarantineFull` when this process has to end for it."""
+        ledger = self._engine.ledger
+        fences = self._receiver.quarantined
+        pages = sum(len(ledger.pages_of(Owner(OwnerKind.QUARANTINE, fence))) for fence in fences)
+        for action in self._quarantine.handle(Counted(pages, len(self._attempts)), now):
+            if isinstance(action, Warn):
+                log.warning(action.message)
+            else:
+                raise action.error
+        if self._quarantine.closing:
+            self._give_back_waiting(now)
+
+    def _give_back_waiting(self, now: float) -> None:
+        """What has no pages yet will have to begin elsewhere."""
+        error = Draining(CLOSING).to_info()
+        waiting = [fence for fence, attempt in self._attempts.items() if attempt.machine.state in PAGELESS_STATES]
+        for fence in waiting:
+            self._receiver.refuse(fence, error)
+            self._feed(fence, state.HandoffFailed(error, Role.DECODE), now)
 
     def _lease_pages(self, now: float) -> None:
         """Grants pages in the pool's order; the first that must wait holds up the rest, so that large ones get some."""
@@ -285,6 +314,8 @@ class DecodeLoop:
             steps=self._engine.steps,
             owners=owners,
             stale_messages=self._stale + sum(self._receiver.stale.values()),
+            ready=not self._quarantine.closing,
+            draining=self._quarantine.closing,
         )
 
     def close(self) -> None:

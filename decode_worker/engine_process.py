@@ -9,6 +9,7 @@ from cluster.engine_messages import EngineReady
 from cluster.process_identity import current
 from cluster.step_loop import StepHandler
 from decode_worker.decode_loop import DecodeLoop
+from decode_worker.quarantine_state import QuarantineWatch
 from engine.engine import Engine, EngineConfig
 from engine.profiling import ProfiledSteps
 from kv_transfer.backends import open_backend
@@ -46,7 +47,22 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
         lifetime=topology.router.request_timeout_seconds,
     )
     ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current(), speed)
-    loop = DecodeLoop(engine, receiver, context.send, context.channel.receive_only, context.clock, epoch, thread.close)
+    quarantine = QuarantineWatch(
+        engine.ledger.total,
+        topology.kv.max_quarantine_share,
+        topology.kv.max_quarantine_seconds,
+        topology.worker.drain_seconds,
+    )
+    loop = DecodeLoop(
+        engine,
+        receiver,
+        context.send,
+        context.channel.receive_only,
+        context.clock,
+        epoch,
+        thread.close,
+        quarantine,
+    )
     return ProfiledSteps(loop, lambda: engine.steps, context.send), ready
 
 

@@ -27,6 +27,7 @@ from cluster.messages import (
     Tokens,
 )
 from decode_worker.decode_loop import DecodeLoop
+from decode_worker.quarantine_state import QuarantineWatch
 from engine.engine import Engine, EngineConfig
 from kv_transfer.backends.base import PoolMemory
 from kv_transfer.backends.memory import MemoryBackend, MemoryFabric
@@ -38,6 +39,7 @@ from prefill_worker.prefill_loop import PrefillLoop
 from tests.unit.kv_transfer.world import InlinePort
 
 PREFILL_EPOCH, DECODE_EPOCH = 100, 200
+QUARANTINE_SECONDS, DRAIN_SECONDS = 30.0, 60.0
 ROUTER = "router"
 TINY_LLAMA = {
     "model_type": "llama",
@@ -124,6 +126,7 @@ class Pair:
             self.clock,
             DECODE_EPOCH,
             lambda: self.closed.append("decode"),
+            QuarantineWatch(decode_engine.ledger.total, 0.5, QUARANTINE_SECONDS, DRAIN_SECONDS),
         )
         self.connect()
 

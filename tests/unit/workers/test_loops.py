@@ -7,6 +7,7 @@ import random
 import pytest
 
 from cluster.engine_messages import FromPeer, FromRouter, PeerDown, RouterGone
+from cluster.errors import QuarantineFull, from_info
 from cluster.messages import (
     Ack,
     AttemptFailed,
@@ -20,7 +21,7 @@ from cluster.messages import (
     Role,
     Sampling,
 )
-from tests.unit.workers.pair import DECODE_EPOCH, PREFILL_EPOCH, ROUTER, Pair, tiny_engine
+from tests.unit.workers.pair import DECODE_EPOCH, PREFILL_EPOCH, QUARANTINE_SECONDS, ROUTER, Pair, tiny_engine
 
 GREEDY = Sampling(max_tokens=6, seed=1, temperature=0.0)
 
@@ -359,6 +360,59 @@ def test_leased_pages_of_a_dead_writer_come_back_with_proof_of_its_death_only(pa
         pair.decode.step(pair.clock.now())
         pair.ports["decode"].run()
     assert pair.engines["decode"].pages_used == 0
+
+
+def crowded(pair: Pair) -> Fence:
+    """A request whose writer falls silent in the middle: 10 of decode's 16 pages are in quarantine."""
+    pair.fabric.hold = True
+    fence = pair.request("silent", prompt(40), GREEDY)
+    for _ in range(6):
+        pair.turn()
+    pair.to_decode.clear()
+    pair.decode.handle(PeerDown("prefill", PREFILL_EPOCH), pair.clock.now())
+    pair.decode.step(pair.clock.now())
+    assert pair.decode.load().pages_quarantined == 10
+    return fence
+
+
+def small_pool(tmp_path) -> Pair:
+    return Pair(tiny_engine(tmp_path / "m"), tiny_engine(tmp_path / "m", pool_pages=16))
+
+
+def test_a_worker_out_of_quarantine_refuses_drains_and_ends(tmp_path):
+    pair = small_pool(tmp_path)
+    running = pair.request("running", prompt(5), GREEDY, legs="decode")
+    crowded(pair)
+    pair.clock.advance(QUARANTINE_SECONDS - 1)
+    pair.decode.step(pair.clock.now())
+    assert pair.decode.load().ready, "the writer may come back yet"
+    waiting = pair.request("waiting", prompt(12), GREEDY)
+    pair.decode.handle(pair.to_decode.pop(), pair.clock.now())
+    pair.clock.advance(2.0)
+    pair.decode.step(pair.clock.now())
+    assert (pair.decode.load().ready, pair.decode.load().draining) == (False, True)
+    late = pair.request("late", prompt(5), GREEDY, legs="decode")
+    with pytest.raises(QuarantineFull, match="10 of 16"):
+        pair.settle()
+    for fence in (waiting, late):
+        failed = pair.ends(fence)[Role.DECODE]
+        assert (failed.error.code, failed.blame) == ("Draining", Role.DECODE)
+        assert from_info(failed.error).retryable
+    assert len(pair.tokens(running)) == 6, "what decodes may finish"
+
+
+def test_a_worker_whose_quarantine_ends_in_time_goes_on(tmp_path):
+    pair = small_pool(tmp_path)
+    crowded(pair)
+    pair.clock.advance(QUARANTINE_SECONDS - 1)
+    pair.dead.add(PREFILL_EPOCH)
+    for _ in range(60):
+        pair.turn_of("decode")
+    assert pair.engines["decode"].pages_used == 0
+    after = pair.request("after", prompt(5), GREEDY, legs="decode")
+    for _ in range(20):
+        pair.turn_of("decode")
+    assert len(pair.tokens(after)) == 6
 
 
 def test_random_requests_and_cancels_leave_nothing_behind(pair):
