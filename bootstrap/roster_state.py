@@ -1,10 +1,14 @@
 """Who is a member: one machine per worker name, all of them in a `RosterState`. Pure: time is an argument.
 
     ABSENT --Register--> LIVE --Heartbeat--> LIVE
-                         LIVE --Leave / lease over--> ABSENT
+                         LIVE --lease over--> SILENT --Heartbeat, Register--> LIVE
+                         LIVE, SILENT --Leave--> ABSENT
 
-A worker's name is its place, its epoch its life: a higher epoch replaces a lower one, a lower one is refused. The state
-is soft. After a restart of bootstrap it is empty and the workers register again within one heartbeat.
+A worker's name is its place, its epoch its life: a higher epoch replaces a lower one, a lower one is refused. Who falls
+silent is a member no more, but may only have been stopped, or cut off: its connection stands, so it does not register
+again, and its next heartbeat brings it back.
+
+The state is soft. After a restart of bootstrap it is empty and the workers register again within one heartbeat.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from cluster.state_machine import StateMachine
 class MemberState(Enum):
     ABSENT = "absent"
     LIVE = "live"
+    SILENT = "silent"
+    """Its lease is over; it has not said goodbye."""
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -40,12 +46,16 @@ class MemberMachine(StateMachine[Announce]):
     TABLE: ClassVar = {
         (MemberState.ABSENT, Register): "_register",
         (MemberState.LIVE, Register): "_register",
+        (MemberState.SILENT, Register): "_register",
         (MemberState.ABSENT, Heartbeat): "_ignore",
         (MemberState.LIVE, Heartbeat): "_heartbeat",
+        (MemberState.SILENT, Heartbeat): "_come_back",
         (MemberState.ABSENT, Leave): "_ignore",
         (MemberState.LIVE, Leave): "_leave",
+        (MemberState.SILENT, Leave): "_leave_silently",
         (MemberState.ABSENT, Tick): "_ignore",
         (MemberState.LIVE, Tick): "_tick",
+        (MemberState.SILENT, Tick): "_ignore",
     }
 
     def __init__(self, worker: str, lease_seconds: float) -> None:
@@ -80,23 +90,37 @@ class MemberMachine(StateMachine[Announce]):
         self._seen, self._load = now, event.load
         return [Announce(event)]
 
+    def _come_back(self, event: Heartbeat, now: float) -> list[Announce]:
+        assert self._member is not None
+        self._require_epoch(event.epoch)
+        self._seen, self._load = now, event.load
+        self.to(MemberState.LIVE)
+        return [Announce(Joined(self._member)), Announce(event)]
+
     def _leave(self, event: Leave, now: float) -> list[Announce]:
         self._require_epoch(event.epoch)
-        return self._left(event.reason)
+        self.to(MemberState.ABSENT)
+        return [self._left(event.reason)]
+
+    def _leave_silently(self, event: Leave, now: float) -> list[Announce]:
+        """The watchers have heard of its end."""
+        self._require_epoch(event.epoch)
+        self.to(MemberState.ABSENT)
+        return []
 
     def _tick(self, event: Tick, now: float) -> list[Announce]:
         silent = now - self._seen
         if silent <= self._lease_seconds:
             return []
-        return self._left(f"no heartbeat for {silent:.1f} s (lease: {self._lease_seconds:.1f} s)")
+        self.to(MemberState.SILENT)
+        return [self._left(f"no heartbeat for {silent:.1f} s (lease: {self._lease_seconds:.1f} s)")]
 
     def _ignore(self, event: object, now: float) -> list[Announce]:
         return []
 
-    def _left(self, reason: str) -> list[Announce]:
+    def _left(self, reason: str) -> Announce:
         assert self._member is not None
-        self.to(MemberState.ABSENT)
-        return [Announce(Left(self._member.worker, self._member.epoch, reason))]
+        return Announce(Left(self._member.worker, self._member.epoch, reason))
 
     def _require_epoch(self, epoch: int) -> None:
         if self._member is not None and self._member.epoch != epoch:

@@ -81,7 +81,24 @@ def test_heartbeats_of_strangers_are_ignored(roster):
     assert roster.handle(Heartbeat("nobody", 1, Load()), 0.0) == []
 
 
-ABSENT, LIVE = MemberState.ABSENT, MemberState.LIVE
+def test_who_was_only_silent_comes_back_with_its_next_heartbeat(roster):
+    """A worker that was stopped, or cut off: its connection stands, so it does not register again."""
+    roster.register(Register(member()), 0.0)
+    roster.tick(5.0)
+    beat = Heartbeat("decode-0", 7, Load(running=1))
+    assert [announce.message for announce in roster.handle(beat, 9.0)] == [Joined(member()), beat]
+    assert [status.load.running for status in roster.roster(9.0).members] == [1]
+
+
+def test_who_has_said_goodbye_does_not_come_back_by_a_late_heartbeat(roster):
+    roster.register(Register(member()), 0.0)
+    roster.tick(5.0)
+    assert roster.handle(Leave("decode-0", 7, "stopped"), 6.0) == [], "they know already"
+    assert roster.handle(Heartbeat("decode-0", 7, Load()), 6.1) == []
+    assert roster.roster(6.1).members == []
+
+
+ABSENT, LIVE, SILENT = MemberState.ABSENT, MemberState.LIVE, MemberState.SILENT
 AFTERWARDS = {
     (ABSENT, Register): LIVE,
     (ABSENT, Heartbeat): ABSENT,
@@ -90,7 +107,11 @@ AFTERWARDS = {
     (LIVE, Register): LIVE,
     (LIVE, Heartbeat): LIVE,
     (LIVE, Leave): ABSENT,
-    (LIVE, Tick): ABSENT,
+    (LIVE, Tick): SILENT,
+    (SILENT, Register): LIVE,
+    (SILENT, Heartbeat): LIVE,
+    (SILENT, Leave): ABSENT,
+    (SILENT, Tick): SILENT,
 }
 EVENTS = [Register(member()), Heartbeat("decode-0", 7, Load()), Leave("decode-0", 7, "x"), Tick()]
 
@@ -101,6 +122,8 @@ def test_where_every_event_leads_from_every_state(state, event):
     machine.handle(Register(member()), 0.0)
     if state is ABSENT:
         machine.handle(Leave("decode-0", 7, "x"), 0.5)
+    elif state is SILENT:
+        machine.handle(Tick(), 50.0)
     machine.handle(event, 100.0)
     assert machine.state is AFTERWARDS[state, type(event)]
 
