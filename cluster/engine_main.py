@@ -16,7 +16,7 @@ from cluster.engine_messages import EngineReady, ToPeer
 from cluster.errors import BatonError
 from cluster.ipc import ControlGone, EngineChannel
 from cluster.logging import configure, get_logger
-from cluster.messages import HandoffMessage, Message
+from cluster.messages import Message, PeerMessage
 from cluster.process import die_with_parent, forget_garbage, leave_interrupts_to_parent, pin
 from cluster.progress_board import ProgressBoard
 from cluster.step_loop import StepHandler, StepLoop
@@ -45,7 +45,7 @@ class EngineContext:
         self.channel.send(message)
         self.channel.flush()
 
-    def send_to_peer(self, worker: str, epoch: int, message: HandoffMessage) -> None:
+    def send_to_peer(self, worker: str, epoch: int, message: PeerMessage) -> None:
         self.send(ToPeer(worker, epoch, message))
 
 

@@ -20,11 +20,11 @@ from cluster.messages import (
     AttemptStarted,
     CancelAttempt,
     DecodeAttempt,
-    HandoffMessage,
     Load,
     Message,
     ModelCard,
     PeerHello,
+    PeerMessage,
     PrefillAttempt,
     ProcessIdentity,
     Speed,
@@ -76,7 +76,7 @@ class RouterGone(Message, frozen=True):
 class FromPeer(Message, frozen=True):
     worker: str
     epoch: int
-    message: HandoffMessage
+    message: PeerMessage
 
 
 class ToPeer(Message, frozen=True):
@@ -84,7 +84,7 @@ class ToPeer(Message, frozen=True):
 
     worker: str
     epoch: int
-    message: HandoffMessage
+    message: PeerMessage
 
 
 class PeerUp(Message, frozen=True):

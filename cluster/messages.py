@@ -6,7 +6,8 @@ All are frozen, tagged by type name and decoded by type. Lengths are in tokens, 
 
     router  <-> worker      RouterHello/WorkerHello, PrefillAttempt, DecodeAttempt, CancelAttempt
                             -> AttemptStarted, Tokens, AttemptFinished, AttemptFailed, Heartbeat
-    prefill <-> decode      PeerHello both ways (or Refused), then Offer, Grant, Done, Ack, Abort, Aborted
+    prefill <-> decode      PeerHello both ways (or Refused), then Offer, Grant, Done, Ack, Abort, Aborted;
+                            DeathAsked -> DeathWitnessed
     worker  <-> bootstrap   Register/Registered (or Refused), Heartbeat, Leave
     anyone  <-> bootstrap   Watch -> Roster, then Joined, Left, Heartbeat
 """
@@ -376,6 +377,18 @@ class Aborted(Message, frozen=True):
     blame: Role | None = None
 
 
+class DeathAsked(Message, frozen=True):
+    """D -> P: is this process dead? It held pages of D and ran where P runs, out of sight of D's own kernel."""
+
+    process: ProcessIdentity
+
+
+class DeathWitnessed(Message, frozen=True):
+    """P -> D: yes, by the word of my host's kernel. While it lives, or nothing is known, there is no answer."""
+
+    process: ProcessIdentity
+
+
 # --- membership (worker, router <-> bootstrap) -----------------------------------------------------------------------
 
 
@@ -439,10 +452,13 @@ class Left(Message, frozen=True):
 
 
 HandoffMessage = Union[Offer, Grant, Done, Ack, Abort, Aborted]
+"""What carries a fence."""
+PeerMessage = Union[Offer, Grant, Done, Ack, Abort, Aborted, DeathAsked, DeathWitnessed]
+"""All that prefill and decode workers say to each other after their hellos."""
 AnyMessage = Union[
     PrefillAttempt, DecodeAttempt, CancelAttempt, AttemptStarted, Tokens, AttemptFinished, AttemptFailed,
     RouterHello, WorkerHello, PeerHello, Refused, Offer, Grant, Done, Ack, Abort, Aborted,
-    Register, Registered, Heartbeat, Leave, Watch, Roster, Joined, Left,
+    DeathAsked, DeathWitnessed, Register, Registered, Heartbeat, Leave, Watch, Roster, Joined, Left,
 ]  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

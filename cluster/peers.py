@@ -2,6 +2,9 @@
 
 A prefill worker dials, a decode worker accepts; after the hellos both do the same: relay handoff messages between the
 link and the engine process, and tell it who came and went. At most one link per peer: a new one replaces the old.
+
+One question a control process answers by itself: whether a process of its host is dead, a former engine process of its
+own, say. It comes from decode workers of other hosts, with pages that this process might still write to.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from cluster import process_identity
 from cluster.engine_messages import FromPeer, PeerDown, PeerUp, ToPeer
 from cluster.errors import LayoutMismatch, UnknownMessage, from_info
 from cluster.layout import SCHEMA_VERSION
@@ -18,6 +22,8 @@ from cluster.messages import (
     Abort,
     Aborted,
     Ack,
+    DeathAsked,
+    DeathWitnessed,
     Done,
     Grant,
     Message,
@@ -29,7 +35,7 @@ from cluster.messages import (
 
 log = get_logger(__name__)
 
-HANDOFF_MESSAGES = (Offer, Grant, Done, Ack, Abort, Aborted)
+FOR_ENGINE = (Offer, Grant, Done, Ack, Abort, Aborted, DeathWitnessed)
 
 
 def require_compatible(ours: PeerHello, theirs: PeerHello) -> None:
@@ -108,9 +114,12 @@ class PeerTable:
         try:
             while True:
                 message = await link.receive()
-                if not isinstance(message, HANDOFF_MESSAGES):
+                if isinstance(message, FOR_ENGINE):
+                    self._post(FromPeer(hello.worker, hello.epoch, message))
+                elif not isinstance(message, DeathAsked):
                     raise UnknownMessage(f"{type(message).__name__} does not belong between workers")
-                self._post(FromPeer(hello.worker, hello.epoch, message))
+                elif process_identity.is_dead(message.process):
+                    link.post(DeathWitnessed(message.process))
         finally:
             if self._links.get(hello.worker) == (hello.epoch, link):
                 self._drop(hello.worker)

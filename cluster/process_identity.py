@@ -46,6 +46,11 @@ def is_dead(identity: ProcessIdentity) -> bool:
     return stat[_STATE] in "ZX" and int(stat[_THREADS]) <= 1
 
 
+def same_view(one: ProcessIdentity, other: ProcessIdentity) -> bool:
+    """Whether the two run on one boot of one host, in one pid namespace: each can ask its kernel about the other."""
+    return (one.boot_id, one.pid_namespace) == (other.boot_id, other.pid_namespace)
+
+
 def _stat(pid: int) -> list[str]:
     """The fields after the command, which may itself hold spaces and parentheses."""
     return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()

@@ -273,7 +273,7 @@ class WorkerShell:
             progress=progress.engine,
             oldest_transfer_seconds=0.0 if oldest is None else max(0.0, self._clock.now() - oldest),
             stalled=self._health.stalled or self._reported.stalled,
-            draining=self._health.state is HealthState.DRAINING,
+            draining=self._health.state is HealthState.DRAINING or self._reported.draining,
         )
 
     def _progress(self) -> Progress:

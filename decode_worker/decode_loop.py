@@ -25,6 +25,7 @@ from cluster.messages import (
     Aborted,
     AttemptFailed,
     CancelAttempt,
+    DeathWitnessed,
     DecodeAttempt,
     Done,
     Emitted,
@@ -116,7 +117,7 @@ class DecodeLoop:
             self._receiver.peer_up(message.hello)
         elif isinstance(message, PeerDown):
             self._receiver.peer_down(message.worker, message.epoch)
-        elif isinstance(message.message, Offer | Done | Aborted):
+        elif isinstance(message.message, Offer | Done | Aborted | DeathWitnessed):
             self._receiver.receive(message.worker, message.epoch, message.message)
         else:
             self._stale += 1

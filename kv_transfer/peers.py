@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from cluster.messages import Fence, HandoffMessage, PeerHello, Role
+from cluster.messages import Fence, HandoffMessage, PeerHello, PeerMessage, ProcessIdentity, Role
+from cluster.process_identity import same_view
 
 
 def instance(worker: str, epoch: int) -> str:
@@ -57,7 +58,11 @@ class Peers:
         self.refuse(message)
         return False
 
-    def refuse(self, message: HandoffMessage) -> None:
+    def witnesses(self, process: ProcessIdentity) -> list[PeerHello]:
+        """Connected peers whose host's kernel knows about this process."""
+        return [hello for hello in self._connected.values() if same_view(hello.engine, process)]
+
+    def refuse(self, message: PeerMessage) -> None:
         """Counts a message that is not acted upon."""
         self.stale[type(message).__name__] += 1
 

@@ -15,11 +15,13 @@ from cluster.messages import (
     Abort,
     Aborted,
     Ack,
+    DeathAsked,
+    DeathWitnessed,
     Done,
     Fence,
-    HandoffMessage,
     Offer,
     PeerHello,
+    PeerMessage,
     ProcessIdentity,
     Role,
 )
@@ -31,6 +33,8 @@ from kv_transfer.repeats import LIFETIME_SECONDS
 
 PROOF_SECONDS = 0.25
 """Time between two questions to the kernel whether a quarantined page's writer is dead."""
+WITNESS_SECONDS = 1.0
+"""The same, to other hosts' kernels: by way of the writer's neighbours, or of its successor."""
 REMEMBERED_ENDS = 4096
 """Handoffs whose end is remembered, to answer repeated messages. Connections keep their order, so repetitions come
 within one reconnection; this is far more than can be under way."""
@@ -108,7 +112,7 @@ class HandoffReceiver:
         self,
         thread: TransferPort,
         layout: KVLayout,
-        send: Callable[[str, int, HandoffMessage], None],
+        send: Callable[[str, int, PeerMessage], None],
         clock: Clock,
         digests: bool,
         *,
@@ -129,6 +133,7 @@ class HandoffReceiver:
         self._answers: OrderedDict[Fence, Ack | Abort] = OrderedDict()
         self._events: list[ReceiverEvent] = []
         self._proof_at = 0.0
+        self._witness_at = 0.0
 
     @property
     def stale(self) -> dict[str, int]:
@@ -168,8 +173,11 @@ class HandoffReceiver:
         """Proof that this instance can't write any more: its process is dead. Ends all its leases."""
         self._tell_all(worker, epoch, state.WriterFenced())
 
-    def receive(self, worker: str, epoch: int, message: Offer | Done | Aborted) -> None:
+    def receive(self, worker: str, epoch: int, message: Offer | Done | Aborted | DeathWitnessed) -> None:
         """A control message of a prefill worker; one that does not fit is refused and counted."""
+        if isinstance(message, DeathWitnessed):
+            self._hear_witness(worker, epoch, message)
+            return
         if not self._peers.accepts(worker, epoch, message):
             return
         lease = self._leases.get(message.fence)
@@ -216,7 +224,7 @@ class HandoffReceiver:
         self.advance()
         if now >= self._proof_at:
             self._proof_at = now + PROOF_SECONDS
-            self._look_for_dead_writers()
+            self._look_for_dead_writers(now)
         for lease in list(self._leases.values()):
             due = lease.machine.timer(now)
             if due is not None:
@@ -294,14 +302,30 @@ class HandoffReceiver:
             assert lease is not None
             self._handle(lease, state.PagesSettled())
 
-    def _look_for_dead_writers(self) -> None:
+    def _look_for_dead_writers(self, now: float) -> None:
         """Also forgets the processes of writers that are neither connected nor hold pages of ours."""
+        ask_around = now >= self._witness_at
+        if ask_around:
+            self._witness_at = now + WITNESS_SECONDS
         for writer, process in list(self._processes.items()):
             leases = self._of(*writer)
-            if any(lease.machine.state is ReceiverState.QUARANTINED for lease in leases) and self._is_dead(process):
-                self.writer_fenced(*writer)
+            if any(lease.machine.state is ReceiverState.QUARANTINED for lease in leases):
+                if self._is_dead(process):
+                    self.writer_fenced(*writer)
+                elif ask_around:
+                    for witness in self._peers.witnesses(process):
+                        self._send(witness.worker, witness.epoch, DeathAsked(process))
             elif not leases and not self._peers.connected(*writer):
                 del self._processes[writer]
+
+    def _hear_witness(self, worker: str, epoch: int, message: DeathWitnessed) -> None:
+        """Only who is connected and sees that process can know."""
+        seen = any((peer.worker, peer.epoch) == (worker, epoch) for peer in self._peers.witnesses(message.process))
+        if not seen:
+            self._peers.refuse(message)
+            return
+        for writer in [writer for writer, process in self._processes.items() if process == message.process]:
+            self.writer_fenced(*writer)
 
     def _handle(self, lease: _Lease, event: LeaseEvent) -> None:
         machine = lease.machine
@@ -321,7 +345,7 @@ class HandoffReceiver:
             if len(self._answers) > REMEMBERED_ENDS:
                 self._answers.popitem(last=False)
 
-    def _relay(self, worker: str, epoch: int, message: HandoffMessage) -> None:
+    def _relay(self, worker: str, epoch: int, message: PeerMessage) -> None:
         """Drops what is for an instance that is not connected: when it comes back, one of us repeats it."""
         if self._peers.connected(worker, epoch):
             self._send(worker, epoch, message)

@@ -22,7 +22,7 @@ from cluster.clock import MonotonicClock
 from cluster.config import TransferName
 from cluster.errors import BatonError, ErrorInfo, from_info
 from cluster.layout import KVLayout
-from cluster.messages import Fence, HandoffMessage, PeerHello, Role
+from cluster.messages import Fence, PeerHello, PeerMessage, Role
 from kv_transfer.backends import backend_environment, open_backend
 from kv_transfer.backends.base import PoolMemory, WriteHandle, WriteState
 from kv_transfer.digests import PageDigests
@@ -114,7 +114,7 @@ class _ShellEnd:
     def idle(self) -> None:
         """The thread does all there is to do."""
 
-    def send(self, worker: str, epoch: int, message: HandoffMessage) -> None:
+    def send(self, worker: str, epoch: int, message: PeerMessage) -> None:
         self.sent.append(messages.encode(message))
 
     def hello(self) -> bytes:

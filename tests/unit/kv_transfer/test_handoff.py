@@ -1,9 +1,10 @@
 """Sender and receiver together, message by message: what a worker sees of a handoff, good or bad."""
 
+import msgspec
 import pytest
 
 from cluster.errors import ErrorInfo, IllegalTransition
-from cluster.messages import Abort, Aborted, Ack, Done, Grant, Offer, Role
+from cluster.messages import Abort, Aborted, Ack, DeathWitnessed, Done, Grant, Offer, ProcessIdentity, Role
 from kv_transfer.receiver import HandoffFailed, KVArrived, LeaseEnded, OfferArrived
 from kv_transfer.sender import HandoffEnded
 from tests.unit.kv_transfer.world import DECODE_EPOCH, PREFILL_EPOCH, World, fence
@@ -213,6 +214,34 @@ def test_a_new_epoch_of_the_writer_is_no_proof_but_its_death_is(world):
     world.dead.add(PREFILL_EPOCH)
     assert world.settle() == []
     assert world.settle() == [LeaseEnded(fence())]
+
+
+def fall_silent(world: World) -> None:
+    """The writer of pages in quarantine is gone, and our kernel can't say whether it is dead. Its successor is here."""
+    granted(world)
+    world.disconnect()
+    world.prefill_epoch += 1
+    world.start_prefill()
+    world.connect()
+    world.poll_receiver()
+
+
+def test_a_death_on_another_host_is_proven_by_a_witness_there(world):
+    fall_silent(world)
+    assert later(world) == [], "its successor's host knows nothing of its death"
+    world.dead_elsewhere.add(PREFILL_EPOCH)
+    assert later(world) == [LeaseEnded(fence())]
+
+
+@pytest.mark.parametrize("engine", [ProcessIdentity("other boot", "pid", 5, 1), ProcessIdentity("boot", "other", 5, 1)])
+def test_the_word_of_a_witness_who_cannot_know_is_refused(world, engine):
+    fall_silent(world)
+    world.receiver.peer_up(msgspec.structs.replace(world.hello(Role.PREFILL, 5), worker="stranger", engine=engine))
+    written_by = world.hello(Role.PREFILL, PREFILL_EPOCH).engine
+    world.receiver.receive("stranger", 5, DeathWitnessed(written_by))
+    world.receiver.receive("nobody", 6, DeathWitnessed(written_by))
+    assert world.settle() == []
+    assert world.receiver.stale["DeathWitnessed"] == 2
 
 
 def test_the_workers_own_proof_ends_all_leases_of_that_instance(world):

@@ -15,7 +15,7 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 
 from cluster.errors import ErrorInfo
-from cluster.messages import Fence, HandoffMessage
+from cluster.messages import Fence, PeerMessage
 from kv_transfer.backends.base import WriteState
 from kv_transfer.receiver import HandoffFailed, KVArrived, OfferArrived
 from tests.unit.kv_transfer.world import LAYOUT, World, fence
@@ -180,7 +180,7 @@ class Walk:
             self._mix(self.world.to_prefill)
             self.world.deliver_to_prefill()
 
-    def _mix(self, wire: deque[HandoffMessage]) -> None:
+    def _mix(self, wire: deque[PeerMessage]) -> None:
         if self.random.random() < 0.1:
             wire.append(wire[0])
         if self.random.random() < 0.1:

@@ -10,7 +10,15 @@ from collections import deque
 
 from cluster.clock import ManualClock
 from cluster.layout import KVLayout
-from cluster.messages import Fence, HandoffMessage, PeerHello, ProcessIdentity, Role
+from cluster.messages import (
+    DeathAsked,
+    DeathWitnessed,
+    Fence,
+    PeerHello,
+    PeerMessage,
+    ProcessIdentity,
+    Role,
+)
 from kv_transfer.backends.base import PoolMemory
 from kv_transfer.backends.memory import MemoryBackend, MemoryFabric
 from kv_transfer.digests import PageDigests
@@ -76,11 +84,14 @@ class World:
         self.clock = ManualClock(1000.0)
         self.fabric = MemoryFabric()
         self.dead: set[int] = set()
+        """Processes whose death the decode worker's own kernel proves."""
+        self.dead_elsewhere: set[int] = set()
+        """Those whose death prefill's kernel proves."""
         self.digests = digests
         self.source = Pool(pages)
         self.target = Pool(pages)
-        self.to_decode: deque[HandoffMessage] = deque()
-        self.to_prefill: deque[HandoffMessage] = deque()
+        self.to_decode: deque[PeerMessage] = deque()
+        self.to_prefill: deque[PeerMessage] = deque()
         self.prefill_epoch = PREFILL_EPOCH
         self.decode_port = self._port("decode", self.target)
         self.receiver = HandoffReceiver(
@@ -137,19 +148,22 @@ class World:
         self.sender.peer_down("decode", DECODE_EPOCH)
         self.receiver.peer_down("prefill", self.prefill_epoch)
 
-    def deliver_to_decode(self) -> HandoffMessage:
+    def deliver_to_decode(self) -> PeerMessage:
         message = self.to_decode.popleft()
         self.receiver.receive("prefill", self.prefill_epoch, message)
         return message
 
-    def deliver_to_prefill(self) -> HandoffMessage:
+    def deliver_to_prefill(self) -> PeerMessage:
         message = self.to_prefill.popleft()
-        self.sender.receive("decode", DECODE_EPOCH, message)
+        if not isinstance(message, DeathAsked):
+            self.sender.receive("decode", DECODE_EPOCH, message)
+        elif message.process.pid in self.dead_elsewhere:
+            self.to_decode.append(DeathWitnessed(message.process))
         return message
 
-    def deliver(self) -> list[HandoffMessage]:
+    def deliver(self) -> list[PeerMessage]:
         """Both ways, until nothing is on the wires."""
-        moved: list[HandoffMessage] = []
+        moved: list[PeerMessage] = []
         while self.to_decode or self.to_prefill:
             if self.to_decode:
                 moved.append(self.deliver_to_decode())
