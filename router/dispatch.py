@@ -314,7 +314,7 @@ class Dispatcher:
 
     def _attempt_over(self, choice: _Choice, action: AttemptOver, now: float) -> None:
         self._choices.pop(action.fence, None)
-        trace, culprit = choice.trace, action.worker and action.worker.worker
+        trace, culprit = choice.trace, action.worker.worker if action.worker else None
         trace.interrupted(action.kind.value, action.error, culprit, now)
         if action.error is None:
             return

@@ -9,12 +9,21 @@ import aiohttp
 
 from bootstrap.client import RosterWatcher
 from cluster.clock import Clock
-from cluster.errors import BatonError, ProtocolError, StaleFence, UnknownMessage, from_info
+from cluster.errors import (
+    BatonError,
+    NoWorker,
+    PromptTooLong,
+    ProtocolError,
+    StaleFence,
+    UnknownMessage,
+    from_info,
+)
 from cluster.links import Backoff, Link, LinkClosed, dial
 from cluster.logging import get_logger
 from cluster.messages import AnyMessage, Fence, Heartbeat, Member, Message, Refused, Role, RouterHello, WorkerHello
 from cluster.metrics import RouterMetrics
 from router.fleet_view import FleetLimits, FleetView, WorkerStatus
+from router.hints import NO_HINTS, Hints, narrowed
 from router.policies import Need, Placement, Policy, compatible_groups
 from router.request_state import WorkerKey
 
@@ -23,6 +32,8 @@ log = get_logger(__name__)
 HELLO_SECONDS = 5.0
 """A worker that accepts the connection and says nothing for so long is tried again."""
 
+STALL_CHECK_SECONDS = 0.1
+"""How often silent workers are looked for."""
 
 ANY_REQUEST = Need(prompt=1, output=2)
 """The smallest request that takes both legs."""
@@ -35,6 +46,9 @@ class WorkerEvents(Protocol):
 
     def worker_lost(self, key: WorkerKey, reason: str) -> None:
         """Nothing more comes from this link; a worker that is still alive has cancelled our attempts."""
+
+    def worker_stalled(self, key: WorkerKey, reason: str) -> None:
+        """The link stands, but our attempts there don't get on. Told again and again while there are any."""
 
 
 class Fleet:
@@ -69,14 +83,15 @@ class Fleet:
 
     async def run(self) -> None:
         """Runs until cancelled. Raises what a link's task died of: that can only be a defect."""
-        roster = asyncio.create_task(self._roster.run())
+        tasks = [asyncio.create_task(self._roster.run()), asyncio.create_task(self._watch())]
         try:
-            done, _ = await asyncio.wait({roster, self._defect}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({*tasks, self._defect}, return_when=asyncio.FIRST_COMPLETED)
             for ended in done:
                 ended.result()
         finally:
-            roster.cancel()
-            await asyncio.gather(roster, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
         for task in self._keepers.values():
@@ -89,11 +104,16 @@ class Fleet:
         """Raises what `place` would raise: `NoWorker` or `PromptTooLong`."""
         compatible_groups(self._view.snapshot(self._clock.now()), need)
 
-    def place(self, need: Need) -> Placement:
-        """Raises `NoWorker` or `PromptTooLong`."""
-        placement = self._policy.place(self._view.snapshot(self._clock.now()), need, self._turn)
-        self._turn += 1
-        return placement
+    def place(self, need: Need, hints: Hints = NO_HINTS) -> Placement:
+        """Follows the hints where they leave a place. Raises `NoWorker` or `PromptTooLong`."""
+        snapshot = self._view.snapshot(self._clock.now())
+        turn, self._turn = self._turn, self._turn + 1
+        if hints != NO_HINTS:
+            try:
+                return self._policy.place(narrowed(snapshot, hints), need, turn)
+            except (NoWorker, PromptTooLong):
+                log.debug("no place by the hints", hints=str(hints))
+        return self._policy.place(snapshot, need, turn)
 
     def post(self, key: WorkerKey, message: Message) -> None:
         """To a worker that may just be gone: then `worker_lost` has told, or will tell."""
@@ -126,6 +146,14 @@ class Fleet:
         snapshot = self._view.snapshot(self._clock.now())
         self._metrics.workers.labels(role=Role.PREFILL.value).set(len(snapshot.prefill))
         self._metrics.workers.labels(role=Role.DECODE.value).set(len(snapshot.decode))
+
+    async def _watch(self) -> None:
+        """Tells of workers that stall. A worker that dies tells by its connection."""
+        while True:
+            await asyncio.sleep(STALL_CHECK_SECONDS)
+            for key, reason in self._view.stalled(self._clock.now()).items():
+                if self._events is not None:
+                    self._events.worker_stalled(key, reason)
 
     # --- links -------------------------------------------------------------------------------------------------------
 

@@ -148,6 +148,15 @@ class FleetView:
             self._unified,
         )
 
+    def stalled(self, now: float) -> dict[WorkerKey, str]:
+        """The workers that have attempts of ours and don't get on with them, and how we know. Their links stand: to
+        stop a worker, or to swallow what it says, breaks no connection."""
+        return {
+            key: reason
+            for key, worker in self._workers.items()
+            if worker.linked and worker.commitments and (reason := self._why_stalled(worker, now))
+        }
+
     def is_leaving(self, key: WorkerKey) -> bool:
         """True too for one that is not here."""
         worker = self._workers.get(key)
@@ -193,6 +202,12 @@ class FleetView:
             if (tokens, pages) != (worker.tokens, worker.pages):
                 errors.append(f"{key}: counted {worker.tokens} tokens, {worker.pages} pages; owned {tokens}, {pages}")
         return errors
+
+    def _why_stalled(self, worker: _Worker, now: float) -> str:
+        silent = now - worker.seen
+        if silent > self._lease_seconds:
+            return f"it has been silent for {silent:.1f} s"
+        return worker.load.stalled
 
     def _live(self, worker: _Worker, now: float) -> bool:
         fresh = now - worker.seen <= self._lease_seconds

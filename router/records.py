@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 import msgspec
 
+from cluster.errors import BatonError
 from cluster.messages import DecodeTimings, HandoffTimings, PrefillTimings
 
 KEPT_REQUESTS = 4096
+KEPT_ATTEMPTS = 16
+"""Of one choice: the first half of them, and the last ones."""
 
 
 class Percentiles(msgspec.Struct, frozen=True):
@@ -41,6 +44,24 @@ class FirstToken(msgspec.Struct, frozen=True):
     """What the token's own way took beyond that of the first word; so it can be a little below zero."""
 
 
+class AttemptRecord(msgspec.Struct, frozen=True):
+    """One attempt at a choice."""
+
+    prefill_worker: str | None
+    decode_worker: str | None
+    placed_seconds: float
+    """Since the request's arrival."""
+    ended_seconds: float | None
+    tokens: int
+    """That the client got from it."""
+    end: str | None
+    """The choice's finish reason, or what interrupted the attempt; None while it runs."""
+    error: str | None
+    """What was said, if it failed."""
+    blame: str | None
+    """The worker whose fault that was."""
+
+
 class ChoiceRecord(msgspec.Struct, frozen=True):
     """One choice. None: not known, not yet known, or (a leg's timings) no such leg."""
 
@@ -62,7 +83,9 @@ class ChoiceRecord(msgspec.Struct, frozen=True):
     total_seconds: float | None
     attempts: int
     """How often it was placed: once, and again for each time that it was interrupted. The workers are the last ones;
-    prefill and handoff are of the first attempt, decode of all together."""
+    prefill and handoff are of the first attempt that told them, decode of all together."""
+    history: list[AttemptRecord]
+    """The attempts, oldest first; of very many, the first and the last ones."""
     prefill_worker: str | None
     decode_worker: str | None
     finish_reason: str | None
@@ -78,6 +101,39 @@ class RequestRecord(ChoiceRecord, frozen=True):
 
 
 @dataclass
+class AttemptTrace:
+    """Collects one attempt's record."""
+
+    prefill_worker: str | None
+    decode_worker: str | None
+    placed_at: float
+    tokens_before: int
+    ended_at: float | None = None
+    tokens: int = 0
+    end: str | None = None
+    error: str | None = None
+    blame: str | None = None
+
+    def close(self, now: float, output_tokens: int, end: str) -> None:
+        """Its first end counts."""
+        if self.ended_at is None:
+            self.ended_at, self.tokens, self.end = now, output_tokens - self.tokens_before, end
+
+    def record(self, arrived: float, output_tokens: int) -> AttemptRecord:
+        running = self.ended_at is None
+        return AttemptRecord(
+            prefill_worker=self.prefill_worker,
+            decode_worker=self.decode_worker,
+            placed_seconds=self.placed_at - arrived,
+            ended_seconds=_between(arrived, self.ended_at),
+            tokens=output_tokens - self.tokens_before if running else self.tokens,
+            end=self.end,
+            error=self.error,
+            blame=self.blame,
+        )
+
+
+@dataclass
 class ChoiceTrace:
     """Collects one choice's record; written by the dispatcher only. Times are of the router's clock."""
 
@@ -86,8 +142,7 @@ class ChoiceTrace:
     arrived: float
     tokenize_seconds: float = 0.0
     attempts: int = 0
-    prefill_worker: str | None = None
-    decode_worker: str | None = None
+    history: list[AttemptTrace] = field(default_factory=list)
     placed_at: float | None = None
     started_at: float | None = None
     first_token_at: float | None = None
@@ -105,6 +160,36 @@ class ChoiceTrace:
     decode: DecodeTimings | None = None
     _gaps: list[float] = field(default_factory=list)
     _percentiles: Percentiles | None = None
+
+    def placed(self, prefill: str | None, decode: str | None, now: float) -> None:
+        """The next attempt begins."""
+        self.attempts += 1
+        self.placed_at = now if self.placed_at is None else self.placed_at
+        if len(self.history) == KEPT_ATTEMPTS:
+            del self.history[KEPT_ATTEMPTS // 2]
+        self.history.append(AttemptTrace(prefill, decode, now, self.output_tokens))
+
+    def interrupted(self, kind: str, error: BatonError | None, blame: str | None, now: float) -> None:
+        """The attempt ends before the choice does."""
+        attempt = self.history[-1]
+        attempt.error = f"{type(error).__name__}: {error.message}" if error else None
+        attempt.blame = blame
+        attempt.close(now, self.output_tokens, kind)
+
+    def end(self, finish_reason: str, now: float) -> None:
+        """The choice ends; its first end counts."""
+        if self.ended_at is None:
+            self.ended_at, self.finish_reason = now, finish_reason
+            if self.history:
+                self.history[-1].close(now, self.output_tokens, finish_reason)
+
+    @property
+    def prefill_worker(self) -> str | None:
+        return self.history[-1].prefill_worker if self.history else None
+
+    @property
+    def decode_worker(self) -> str | None:
+        return self.history[-1].decode_worker if self.history else None
 
     def tokens(self, count: int, now: float) -> list[float]:
         """`count` tokens went to the client. Returns the times since the token before, one for each but the first."""
@@ -140,6 +225,7 @@ class ChoiceTrace:
             inter_token_seconds=self._percentiles or self._inter_token(),
             total_seconds=_between(self.arrived, self.ended_at),
             attempts=self.attempts,
+            history=[attempt.record(self.arrived, self.output_tokens) for attempt in self.history],
             prefill_worker=self.prefill_worker,
             decode_worker=self.decode_worker,
             finish_reason=self.finish_reason,

@@ -2,22 +2,25 @@
 
     UNPLACED --Placed--> PLACED --LegStarted--> PREFILLING --token 0--> STREAMING --last token, reason--> FINISHED
 
-    PLACED, PREFILLING, STREAMING --LegFailed, LegLost, DeadlinePassed--> FAILED
-    PLACED, PREFILLING, STREAMING --ClientGone--> CANCELLED
-    PLACED, PREFILLING, STREAMING --LegFinished (retracted)--> UNPLACED --Placed--> PLACED ...
+    PLACED, PREFILLING, STREAMING --LegFailed, LegLost, LegStalled, LegFinished (retracted)--> UNPLACED
+    UNPLACED --NotPlaced--> UNPLACED, but FAILED where there was no attempt yet
+    UNPLACED, PLACED, PREFILLING, STREAMING --DeadlinePassed, no attempt left--> FAILED
+    UNPLACED, PLACED, PREFILLING, STREAMING --ClientGone--> CANCELLED
 
 Two legs can run for a choice: prefill computes the prompt and gives token 0, decode gives the rest. A unified decode
 worker is a decode leg alone, a one-token request a prefill leg alone. Their words reach the router over two links, so
 in no common order: tokens go into a ledger by offset and out of it in order, without gap or repetition; FINISHED needs
 the decode leg's reason and every token before it.
 
-The first failure decides: it ends the choice at once and cancels the other leg. Only a prefill leg that fails after the
-decode leg has taken over harms nobody. FINISHED may still wait for the prefill leg's last word, which has the timings.
+The first failure decides: it ends the attempt at once, on both legs, and blames one of them. Only a prefill leg that
+fails after the decode leg has taken over harms nobody. FINISHED may still wait for the prefill leg's last word, which
+has the timings.
 
-A request can go on as another attempt: it gives up both legs, forgets what came out of order, and asks for another
-placement; `Placed` then makes the next fence, with the ledger's tokens as `output`. The next attempt computes them
-again, as far as nobody has them cached, and continues with the very tokens that would have come: a position's
-randomness is its own. There is this one path (`_place_again`); retraction takes it.
+Then the choice goes on as another attempt: it gives up both legs, forgets what came out of order, and asks for another
+placement, at once or a little later (`router.recovery`); `Placed` then makes the next fence, with the ledger's tokens
+as `output`. The next attempt computes them again, as far as nobody has them cached, and continues with the very tokens
+that would have come: a position's randomness is its own. There is this one path (`_interrupted`), whether a worker
+died, stalled, failed, drained or retracted. An attempt that had given its last token, but not yet said so, is done.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from typing import ClassVar, Union
 
 import msgspec
 
+from cluster.config import Recovery
 from cluster.errors import BatonError, DeadlineExceeded, ProtocolError
 from cluster.messages import (
     CancelAttempt,
@@ -42,6 +46,8 @@ from cluster.messages import (
     Sampling,
 )
 from cluster.state_machine import StateMachine
+from router.recovery import DEFAULT_RECOVERY, Interruption, RetryBudget, interruption, natural_end
+from router.timings import LegTimings
 
 
 class RequestState(Enum):
@@ -75,7 +81,7 @@ class Placed(msgspec.Struct, frozen=True):
 
 
 class NotPlaced(msgspec.Struct, frozen=True):
-    """There is no place for the next attempt."""
+    """There is no place for the next attempt now."""
 
     error: BatonError
 
@@ -106,6 +112,14 @@ class LegFailed(msgspec.Struct, frozen=True):
 
 class LegLost(msgspec.Struct, frozen=True):
     """The worker, or the link to it, is gone. No word of this leg will come any more."""
+
+    role: Role
+    error: BatonError
+
+
+class LegStalled(msgspec.Struct, frozen=True):
+    """The worker does not get on with the leg. Its connection stands: if it wakes up, it hears the cancel, and what it
+    says of the leg until then is too late."""
 
     role: Role
     error: BatonError
@@ -151,6 +165,8 @@ class Release(msgspec.Struct, frozen=True):
     role: Role
     worker: WorkerKey
     fence: Fence
+    well: bool
+    """It did what it was there for. False does not mean that it failed."""
 
 
 class Deliver(msgspec.Struct, frozen=True):
@@ -168,12 +184,27 @@ class Fail(msgspec.Struct, frozen=True):
     blame: Role | None
 
 
-class PlaceAgain(msgspec.Struct, frozen=True):
-    """Choose workers for the next attempt, and tell by `Placed` or `NotPlaced`. Nothing with this fence is expected any
-    more."""
+class AttemptOver(msgspec.Struct, frozen=True):
+    """The attempt was interrupted: nothing with this fence is expected any more. Comes before its legs' `Release`."""
 
     fence: Fence
-    reason: FinishReason
+    kind: Interruption
+    error: BatonError | None
+    """None: nobody's fault."""
+    blame: Role | None
+    worker: WorkerKey | None
+    """The one that is to blame."""
+
+
+class PlaceAgain(msgspec.Struct, frozen=True):
+    """Choose workers for the next attempt, after so many seconds, and tell by `Placed` or `NotPlaced`. While the choice
+    waits, it may end: then `Forget` comes."""
+
+    after_seconds: float
+    avoid: frozenset[WorkerKey]
+    """They were to blame, since this choice last got on."""
+    keep: frozenset[WorkerKey]
+    """They have KV of it."""
 
 
 class Forget(msgspec.Struct, frozen=True):
@@ -182,10 +213,11 @@ class Forget(msgspec.Struct, frozen=True):
     fence: Fence | None
 
 
-Action = Union[Dispatch, Cancel, Release, Deliver, Finish, Fail, PlaceAgain, Forget]
+Action = Union[Dispatch, Cancel, Release, Deliver, Finish, Fail, AttemptOver, PlaceAgain, Forget]
 
 _ACTIVE = (RequestState.PLACED, RequestState.PREFILLING, RequestState.STREAMING)
 _ENDED = (RequestState.FINISHED, RequestState.FAILED, RequestState.CANCELLED)
+_WELL = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.HANDED_OFF)
 
 
 class RequestMachine(StateMachine[Action]):
@@ -200,8 +232,9 @@ class RequestMachine(StateMachine[Action]):
         **{(state, LegStarted): "_started" for state in _ACTIVE},
         **{(state, TokensArrived): "_tokens" for state in _ACTIVE},
         **{(state, LegFinished): "_finished" for state in _ACTIVE},
-        **{(state, LegFailed): "_failed" for state in _ACTIVE},
-        **{(state, LegLost): "_lost" for state in _ACTIVE},
+        **{(state, LegFailed): "_leg_gone" for state in _ACTIVE},
+        **{(state, LegLost): "_leg_gone" for state in _ACTIVE},
+        **{(state, LegStalled): "_leg_gone" for state in _ACTIVE},
         **{(state, StopMatched): "_stop" for state in _ACTIVE},
         **{(state, ClientGone): "_client_gone" for state in _ACTIVE},
         **{(state, DeadlinePassed): "_deadline" for state in _ACTIVE},
@@ -211,17 +244,23 @@ class RequestMachine(StateMachine[Action]):
         **{(state, LegFinished): "_late_word" for state in _ENDED},
         **{(state, LegFailed): "_late_word" for state in _ENDED},
         **{(state, LegLost): "_late_word" for state in _ENDED},
+        **{(state, LegStalled): "_give_up_waiting" for state in _ENDED},
         **{(state, StopMatched): "_ignore" for state in _ENDED},
         **{(state, ClientGone): "_ignore" for state in _ENDED},
         **{(state, DeadlinePassed): "_give_up_waiting" for state in _ENDED},
     }
 
-    def __init__(self, request: str, prompt: list[int], sampling: Sampling, priority: int = 0) -> None:
+    def __init__(
+        self,
+        request: str,
+        prompt: list[int],
+        sampling: Sampling,
+        priority: int = 0,
+        recovery: Recovery = DEFAULT_RECOVERY,
+    ) -> None:
         super().__init__(request, RequestState.UNPLACED)
         self.fence: Fence | None = None
-        self.prefill_timings: PrefillTimings | None = None
-        self.handoff_timings: HandoffTimings | None = None
-        self.decode_timings: DecodeTimings | None = None
+        self.timings = LegTimings()
         self._prompt = prompt
         self._sampling = sampling
         self._priority = priority
@@ -230,12 +269,18 @@ class RequestMachine(StateMachine[Action]):
         """Tokens that went to the client: the ledger is complete up to here."""
         self._resumed_at = 0
         """How many of them earlier attempts gave."""
+        self._workers: dict[Role, WorkerKey] = {}
+        """Of this attempt, or of the last one."""
         self._open: dict[Role, WorkerKey] = {}
+        """Its legs that are not over."""
         self._ahead: dict[int, Emitted] = {}
         """Tokens that came before one of a smaller offset."""
         self._reason: FinishReason | None = None
         """Known, but tokens before it are still missing."""
         self._taken_over = False
+        self._budget = RetryBudget(recovery)
+        self._avoid: frozenset[WorkerKey] = frozenset()
+        self._keep: frozenset[WorkerKey] = frozenset()
 
     @property
     def ended(self) -> bool:
@@ -255,6 +300,8 @@ class RequestMachine(StateMachine[Action]):
             self.name, self._attempt, prefill.epoch if prefill else 0, decode.epoch if decode else 0
         )
         self._resumed_at, self._taken_over = self.delivered, False
+        self._workers = {}
+        self._budget.placed()
         output = list(self._output)
         actions: list[Action] = []
         # Decode first: it only makes a reservation, and then knows the fence before prefill's OFFER can come.
@@ -262,23 +309,21 @@ class RequestMachine(StateMachine[Action]):
             peer = prefill.worker if prefill else None
             to_decode = DecodeAttempt(fence, self._prompt, self._sampling, peer, output, self._priority)
             actions.append(Dispatch(Role.DECODE, decode, to_decode))
-            self._open[Role.DECODE] = decode
+            self._workers[Role.DECODE] = decode
         if prefill is not None:
             peer = decode.worker if decode else None
             to_prefill = PrefillAttempt(fence, self._prompt, self._sampling, peer, output, self._priority)
             actions.append(Dispatch(Role.PREFILL, prefill, to_prefill))
-            self._open[Role.PREFILL] = prefill
+            self._workers[Role.PREFILL] = prefill
+        self._open = dict(self._workers)
         self.to(RequestState.PLACED)
         return actions
 
     def _not_placed(self, event: NotPlaced, now: float) -> list[Action]:
-        return self._fail(event.error, None)
-
-    def _place_again(self, reason: FinishReason) -> list[Action]:
-        """The next attempt goes on after the last token that the client got. What came out of order comes again."""
-        self._ahead.clear()
-        self.to(RequestState.UNPLACED)
-        return [*self._cancel_all("it goes on as another attempt"), PlaceAgain(self._live_fence(), reason)]
+        """Who had a place once will have one again, when workers are back."""
+        if self.fence is None:
+            return self._fail(event.error, None)
+        return [PlaceAgain(self._budget.not_placed(event.error), self._avoid, self._keep)]
 
     def _started(self, event: LegStarted, now: float) -> list[Action]:
         self._taken_over |= event.role is Role.DECODE
@@ -301,6 +346,9 @@ class RequestMachine(StateMachine[Action]):
             self._output.append(emitted.token)
         if not tokens:
             return []
+        if self.delivered > self._resumed_at + 1:
+            self._budget.progressed()
+            self._avoid = frozenset()
         self.to(RequestState.STREAMING)
         return [Deliver(tokens), *self._finish_if_complete()]
 
@@ -312,12 +360,10 @@ class RequestMachine(StateMachine[Action]):
             if event.role is Role.DECODE and Role.PREFILL in self._open:
                 # A first token that is the last: prefill has told decode, whose word overtook prefill's own.
                 return actions
-            return [
-                *actions,
-                *self._fail(ProtocolError(f"{event.role.value} cancelled {self.name} unasked"), event.role),
-            ]
+            error = ProtocolError(f"{event.role.value} cancelled {self.name} unasked")
+            return self._interrupted(error, event.role, actions)
         if event.reason is FinishReason.RETRACTED:
-            return [*actions, *self._place_again(event.reason)]
+            return self._interrupted(None, None, actions)
         if event.reason is FinishReason.HANDED_OFF:
             self._taken_over = True
         else:
@@ -325,7 +371,7 @@ class RequestMachine(StateMachine[Action]):
             actions += self._finish_if_complete()
         if not self.ended and not self._open:
             error = ProtocolError(f"both legs of {self.name} have ended, but token {self.delivered} never came")
-            actions += self._fail(error, event.role)
+            return self._interrupted(error, event.role, actions)
         return actions
 
     def _finish_if_complete(self) -> list[Action]:
@@ -344,28 +390,58 @@ class RequestMachine(StateMachine[Action]):
             actions += self._cancel(Role.PREFILL, "finished")
         return [*actions, *self._forget_if_over()]
 
-    # --- other ends --------------------------------------------------------------------------------------------------
+    # --- interruptions -----------------------------------------------------------------------------------------------
 
-    def _failed(self, event: LegFailed, now: float) -> list[Action]:
-        return self._leg_gone(event, event.error, event.blame)
-
-    def _lost(self, event: LegLost, now: float) -> list[Action]:
-        return self._leg_gone(event, event.error, event.role)
-
-    def _leg_gone(self, event: LegFailed | LegLost, error: BatonError, blame: Role) -> list[Action]:
+    def _leg_gone(self, event: LegFailed | LegLost | LegStalled, now: float) -> list[Action]:
         if event.role not in self._open:
             return []
-        actions = self._close_leg(event)
-        needless = event.role is Role.PREFILL and self._taken_over and self._has_begun
-        return actions if needless else [*actions, *self._fail(error, blame)]
+        if isinstance(event, LegStalled):
+            closing = self._cancel(event.role, event.error.message)
+        else:
+            closing = self._close_leg(event)
+        if event.role is Role.PREFILL and self._taken_over and self._has_begun:
+            return closing
+        blame = event.blame if isinstance(event, LegFailed) else event.role
+        return self._interrupted(event.error, blame, closing)
+
+    def _interrupted(self, error: BatonError | None, blame: Role | None, closing: list[Action]) -> list[Action]:
+        """The next attempt goes on after the last token that the client got, if that was not the request's last."""
+        end = natural_end(self._output, self._sampling)
+        if end is not None:
+            return [*closing, *self._finish(end)]
+        if error is None:
+            # Retracted: the worker keeps its promise to older requests. Any worker will do, that one too.
+            self._keep = frozenset()
+            over = AttemptOver(self._live_fence(), Interruption.RETRACTED, None, None, None)
+            return [over, *closing, *self._unplace(0.0)]
+        # A leg that the attempt does not have is done by the other one's worker.
+        worker = self._workers.get(blame) if blame else None
+        worker = worker or next(iter(self._workers.values()))
+        over = AttemptOver(self._live_fence(), interruption(error), error, blame, worker)
+        wait = self._budget.failed(error)
+        if wait is None:
+            return [over, *closing, *self._fail(self._budget.verdict(), blame)]
+        self._avoid |= {worker}
+        self._keep = frozenset(self._workers.values()) - self._avoid
+        return [over, *closing, *self._unplace(wait)]
+
+    def _unplace(self, after_seconds: float) -> list[Action]:
+        self._ahead.clear()
+        self._reason = None
+        self.to(RequestState.UNPLACED)
+        again = PlaceAgain(after_seconds, self._avoid, self._keep)
+        return [*self._cancel_all("it goes on as another attempt"), again]
+
+    # --- other ends --------------------------------------------------------------------------------------------------
 
     def _client_gone(self, event: ClientGone, now: float) -> list[Action]:
         self.to(RequestState.CANCELLED)
         return [*self._cancel_all(event.reason), *self._forget_if_over()]
 
     def _deadline(self, event: DeadlinePassed, now: float) -> list[Action]:
-        error = DeadlineExceeded(f"the request was not done within {event.seconds:g} s ({self.delivered} tokens sent)")
-        return self._fail(error, None)
+        story = self._budget.story()
+        found = f"{self.delivered} tokens sent{'; ' if story else ''}{story}"
+        return self._fail(DeadlineExceeded(f"the request was not done within {event.seconds:g} s ({found})"), None)
 
     def _fail(self, error: BatonError, blame: Role | None) -> list[Action]:
         self.to(RequestState.FAILED)
@@ -378,7 +454,7 @@ class RequestMachine(StateMachine[Action]):
             return []
         return [*self._close_leg(event), *self._forget_if_over()]
 
-    def _give_up_waiting(self, event: DeadlinePassed, now: float) -> list[Action]:
+    def _give_up_waiting(self, event: DeadlinePassed | LegStalled, now: float) -> list[Action]:
         if not self._open:
             return []
         return [*self._cancel_all("no last word"), *self._forget_if_over()]
@@ -395,20 +471,17 @@ class RequestMachine(StateMachine[Action]):
 
     def _close_leg(self, event: LegFinished | LegFailed | LegLost) -> list[Action]:
         if isinstance(event, LegFinished):
-            # The prompt's own prefill and handoff are the first attempt's; decoding is the work of all of them.
-            unified = event.decode.prefill if event.decode else None
-            self.prefill_timings = self.prefill_timings or event.prefill or unified
-            self.handoff_timings = self.handoff_timings or event.handoff
-            self.decode_timings = _together(self.decode_timings, event.decode)
+            self.timings.add(event.prefill, event.handoff, event.decode)
         worker = self._open.pop(event.role, None)
-        return [] if worker is None else [Release(event.role, worker, self._live_fence())]
+        well = isinstance(event, LegFinished) and event.reason in _WELL
+        return [] if worker is None else [Release(event.role, worker, self._live_fence(), well)]
 
     def _cancel(self, role: Role, reason: str) -> list[Action]:
         worker = self._open.pop(role, None)
         if worker is None:
             return []
         fence = self._live_fence()
-        return [Cancel(role, worker, CancelAttempt(fence, reason)), Release(role, worker, fence)]
+        return [Cancel(role, worker, CancelAttempt(fence, reason)), Release(role, worker, fence, well=False)]
 
     def _cancel_all(self, reason: str) -> list[Action]:
         return [*self._cancel(Role.PREFILL, reason), *self._cancel(Role.DECODE, reason)]
@@ -419,20 +492,3 @@ class RequestMachine(StateMachine[Action]):
     def _live_fence(self) -> Fence:
         assert self.fence is not None, "a leg is open only after Placed"
         return self.fence
-
-
-def _together(before: DecodeTimings | None, after: DecodeTimings | None) -> DecodeTimings | None:
-    """Of two attempts at one request."""
-    if before is None or after is None:
-        return before or after
-    return DecodeTimings(
-        await_seconds=before.await_seconds + after.await_seconds,
-        decode_seconds=before.decode_seconds + after.decode_seconds,
-        steps=before.steps + after.steps,
-        batch_sum=before.batch_sum + after.batch_sum,
-        prefill=before.prefill,
-        batch_max=max(before.batch_max, after.batch_max),
-        lease_seconds=before.lease_seconds + after.lease_seconds,
-        verify_seconds=before.verify_seconds + after.verify_seconds,
-        first_step_seconds=before.first_step_seconds,
-    )

@@ -13,11 +13,13 @@ from decode_worker.decode_state import DecodeMachine
 from kv_transfer.receiver_state import ReceiverLease
 from kv_transfer.sender_state import SenderHandoff
 from prefill_worker.prefill_state import PrefillMachine
+from router.breaker_state import BreakerMachine
 from router.request_state import RequestMachine
 
 ARCHITECTURE = Path(__file__).parents[1] / "ARCHITECTURE.md"
 MACHINES: tuple[type[StateMachine], ...] = (
     RequestMachine,
+    BreakerMachine,
     PrefillMachine,
     SenderHandoff,
     ReceiverLease,

@@ -164,3 +164,18 @@ def test_limits_are_what_the_live_workers_can_take():
 def test_every_policy_of_the_configuration_exists():
     assert set(POLICIES) == set(PolicyName)
     assert Snapshot([], [], unified=False).unified is False
+
+
+def test_a_worker_stalls_when_it_is_silent_or_says_so_while_it_has_work_of_ours():
+    view = fleet(member("p0"), member("d0"), member("d1"), member("d2"))
+    for name in ("p0", "d0", "d1"):
+        view.commit(WorkerKey(name, 1), fence("a"), 100, 50, prefills=False)
+    beat(view, "d0", now=1.0, ready=False, stalled="the transfer thread has stopped")
+    beat(view, "d1", now=2.0, ready=False)
+    assert view.stalled(1.0 + LEASE) == {
+        WorkerKey("p0", 1): "it has been silent for 4.0 s",
+        WorkerKey("d0", 1): "the transfer thread has stopped",
+    }, "d1 is not ready, but gets on; d2 has nothing to do"
+    view.release(WorkerKey("p0", 1), fence("a"))
+    view.unlinked(WorkerKey("d0", 1))
+    assert view.stalled(1.0 + LEASE) == {}, "nothing to take away; and a broken link tells by itself"

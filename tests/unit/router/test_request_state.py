@@ -4,7 +4,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import IllegalTransition, NoWorker, ProtocolError, TransferFailed, WorkerLost
+from cluster.config import Recovery
+from cluster.errors import (
+    AttemptsExhausted,
+    DeadlineExceeded,
+    Draining,
+    IllegalTransition,
+    InvalidRequest,
+    LayoutMismatch,
+    NoWorker,
+    ProtocolError,
+    StaleFence,
+    TransferFailed,
+    WorkerLost,
+    WorkerStalled,
+)
 from cluster.messages import (
     DecodeAttempt,
     DecodeTimings,
@@ -17,7 +31,9 @@ from cluster.messages import (
     Role,
     Sampling,
 )
+from router.recovery import Interruption
 from router.request_state import (
+    AttemptOver,
     Cancel,
     ClientGone,
     DeadlinePassed,
@@ -29,6 +45,7 @@ from router.request_state import (
     LegFailed,
     LegFinished,
     LegLost,
+    LegStalled,
     LegStarted,
     NotPlaced,
     PlaceAgain,
@@ -60,6 +77,9 @@ PREFILL_FAILED = LegFailed(Role.PREFILL, Role.DECODE, TransferFailed("refused"))
 DECODE_FAILED = LegFailed(Role.DECODE, Role.PREFILL, TransferFailed("damaged"))
 PREFILL_LOST = LegLost(Role.PREFILL, WorkerLost("gone"))
 DECODE_LOST = LegLost(Role.DECODE, WorkerLost("gone"))
+PREFILL_STALLED = LegStalled(Role.PREFILL, WorkerStalled("silent"))
+DECODE_STALLED = LegStalled(Role.DECODE, WorkerStalled("silent"))
+REFUSED = LegFailed(Role.PREFILL, Role.PREFILL, InvalidRequest("a defect, said politely"))
 RETRACTED = LegFinished(Role.DECODE, FinishReason.RETRACTED, decode=DECODE)
 GONE, DEADLINE = ClientGone("bye"), DeadlinePassed(60)
 PLACED = Placed(P, D)
@@ -71,11 +91,12 @@ PATHS = {
     RequestState.PREFILLING: [PLACED, STARTED],
     RequestState.STREAMING: [PLACED, STARTED, token(0)],
     RequestState.FINISHED: [PLACED, STARTED, token(0), token(1), DECODED],
-    RequestState.FAILED: [PLACED, STARTED, DECODE_FAILED],
+    RequestState.FAILED: [PLACED, STARTED, REFUSED],
     RequestState.CANCELLED: [PLACED, GONE],
 }
 EVENTS = [
-    PLACED, NOT_PLACED, STARTED, token(0), HANDED_OFF, PREFILL_FAILED, PREFILL_LOST, StopMatched(), GONE, DEADLINE,
+    PLACED, NOT_PLACED, STARTED, token(0), HANDED_OFF, PREFILL_FAILED, PREFILL_LOST, PREFILL_STALLED,
+    StopMatched(), GONE, DEADLINE,
 ]  # fmt: skip
 UNPLACED_TAKES = (Placed, NotPlaced, StopMatched, ClientGone, DeadlinePassed)
 ACTIVE = (RequestState.PLACED, RequestState.PREFILLING, RequestState.STREAMING)
@@ -123,8 +144,9 @@ EXPECTED = {
     (RequestState.UNPLACED, "DeadlinePassed"): RequestState.FAILED,
     (RequestState.PLACED, "LegStarted"): RequestState.PREFILLING,
     **{(state, "TokensArrived"): RequestState.STREAMING for state in ACTIVE},
-    **{(state, "LegFailed"): RequestState.FAILED for state in ACTIVE},
-    **{(state, "LegLost"): RequestState.FAILED for state in ACTIVE},
+    **{(state, "LegFailed"): RequestState.UNPLACED for state in ACTIVE},
+    **{(state, "LegLost"): RequestState.UNPLACED for state in ACTIVE},
+    **{(state, "LegStalled"): RequestState.UNPLACED for state in ACTIVE},
     **{(state, "StopMatched"): RequestState.FINISHED for state in ACTIVE},
     **{(state, "ClientGone"): RequestState.CANCELLED for state in ACTIVE},
     **{(state, "DeadlinePassed"): RequestState.FAILED for state in ACTIVE},
@@ -163,7 +185,7 @@ def test_a_request_ends_with_its_last_token_and_waits_for_timings_only():
     assert kinds(actions[2:]) == ["Deliver", "Deliver", "Release", "Finish"]
     assert machine.state is RequestState.FINISHED
     assert kinds(machine.handle(HANDED_OFF, 9.0)) == ["Release", "Forget"]
-    assert (machine.prefill_timings, machine.handoff_timings, machine.decode_timings) == (PREFILL, HANDOFF, DECODE)
+    assert (machine.timings.prefill, machine.timings.handoff, machine.timings.decode) == (PREFILL, HANDOFF, DECODE)
 
 
 def test_decodes_tokens_wait_for_the_first_one():
@@ -189,7 +211,7 @@ def test_decode_may_hear_of_a_last_first_token_before_we_do():
     assert kinds(actions[2:]) == ["Release", "Deliver", "Release", "Finish", "Forget"]
     assert machine.state is RequestState.FINISHED
     machine, _ = machine_after([PLACED, STARTED, overtaken, PREFILL_FAILED])
-    assert machine.state is RequestState.FAILED
+    assert machine.state is RequestState.UNPLACED
 
 
 def test_a_stop_string_cancels_decode_but_lets_a_finished_handoff_tell_its_timings():
@@ -204,28 +226,188 @@ def test_a_stop_string_cancels_decode_but_lets_a_finished_handoff_tell_its_timin
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
+def failing(*events, budget: Recovery | None = None, sampling: Sampling | None = None) -> tuple:
+    """Events in a row, each attempt on the same pair; returns the machine and what the last event led to."""
+    machine = RequestMachine("r-0", [1, 2, 3], sampling or Sampling(max_tokens=8, seed=1), 0, budget or Recovery())
+    actions = []
+    for event in events:
+        if machine.state is RequestState.UNPLACED and not isinstance(event, Placed | NotPlaced):
+            machine.handle(PLACED, 1.0)
+        actions = machine.handle(event, 1.0)
+    return machine, actions
+
+
 def test_the_first_failure_decides_and_blames_whom_the_leg_blames():
-    machine, _ = machine_after([PLACED, STARTED, token(0)])
-    release, fail, cancel, *_ = machine.handle(DECODE_FAILED, 9.0)
-    assert fail == Fail(DECODE_FAILED.error, Role.PREFILL)
+    machine, actions = failing(PLACED, STARTED, token(0), DECODE_FAILED)
+    over, release, cancel, *_, again = actions
+    assert over == AttemptOver(FENCE, Interruption.TRANSFER_FAILED, DECODE_FAILED.error, Role.PREFILL, P)
     assert (release.worker, cancel.worker) == (D, P)
-    assert machine.handle(PREFILL_FAILED, 9.1) == [], "the second failure is no news"
+    assert again == PlaceAgain(0.0, avoid=frozenset({P}), keep=frozenset({D}))
+    assert machine.state is RequestState.UNPLACED
+
+
+@pytest.mark.parametrize("when", [[], [STARTED], [STARTED, token(0)], [STARTED, token(1)]], ids=len)
+@pytest.mark.parametrize(
+    ("event", "kind", "blamed", "cancelled"),
+    [
+        (PREFILL_LOST, Interruption.WORKER_LOST, P, {D}),
+        (DECODE_LOST, Interruption.WORKER_LOST, D, {P}),
+        (PREFILL_STALLED, Interruption.STALLED, P, {P, D}),
+        (DECODE_STALLED, Interruption.STALLED, D, {P, D}),
+        (DECODE_FAILED, Interruption.TRANSFER_FAILED, P, {P}),
+        (PREFILL_FAILED, Interruption.TRANSFER_FAILED, D, {D}),
+        (LegFailed(Role.DECODE, Role.DECODE, Draining("leaving")), Interruption.DRAINED, D, {P}),
+        (LegFailed(Role.PREFILL, Role.PREFILL, StaleFence("restarted")), Interruption.PROTOCOL_ERROR, P, {D}),
+        (LegFailed(Role.PREFILL, Role.DECODE, LayoutMismatch("differ")), Interruption.PROTOCOL_ERROR, D, {D}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_befalls_a_worker_the_request_goes_on_without_it(when, event, kind, blamed, cancelled):
+    machine, actions = failing(PLACED, *when, event)
+    over, *legs, again = actions
+    assert (over.kind, over.worker) == (kind, blamed)
+    assert {action.worker for action in legs if isinstance(action, Cancel)} == cancelled
+    assert [type(action) for action in legs].count(Release) == 2
+    assert (again.avoid, again.keep) == ({blamed}, {P, D} - {blamed}), "the other one has some of the KV"
+    delivered = machine.delivered
+    to_decode, _ = machine.handle(PLACED, 9.0)
+    assert (to_decode.attempt.fence.attempt, to_decode.attempt.output) == (2, [100, 101][:delivered])
+
+
+def test_a_leg_that_an_attempt_does_not_have_is_the_fault_of_the_one_that_did_its_part():
+    blames_prefill = LegFailed(Role.DECODE, Role.PREFILL, TransferFailed("no"))
+    _, (over, *_) = failing(Placed(None, D), STARTED, blames_prefill)
+    assert over.worker == D
 
 
 def test_prefills_death_after_the_takeover_harms_nobody():
     for taken_over in (DECODE_STARTED, token(1)):
-        machine, _ = machine_after([PLACED, STARTED, token(0), taken_over, PREFILL_LOST])
-        assert machine.state is RequestState.STREAMING
-    machine, _ = machine_after([PLACED, STARTED, DECODE_STARTED, PREFILL_LOST])
-    assert machine.state is RequestState.FAILED, "the first token died with it"
+        for gone in (PREFILL_LOST, PREFILL_STALLED, PREFILL_FAILED):
+            machine, actions = failing(PLACED, STARTED, token(0), taken_over, gone)
+            assert machine.state is RequestState.STREAMING
+            assert [type(action) for action in actions if not isinstance(action, Cancel)] == [Release]
+    machine, _ = failing(PLACED, STARTED, DECODE_STARTED, PREFILL_LOST)
+    assert machine.state is RequestState.UNPLACED, "the first token died with it"
+
+
+def test_what_another_attempt_can_not_mend_ends_the_request_at_once():
+    machine, actions = failing(PLACED, STARTED, REFUSED)
+    assert kinds(actions) == ["AttemptOver", "Release", "Fail", "Cancel", "Release", "Forget"]
+    assert actions[2] == Fail(REFUSED.error, Role.PREFILL)
+    assert machine.state is RequestState.FAILED
 
 
 def test_a_leg_that_is_cancelled_unasked_is_an_error_and_so_are_legs_that_end_without_the_tokens():
-    _, actions = machine_after([PLACED, LegFinished(Role.PREFILL, FinishReason.CANCELLED)])
-    assert isinstance(actions[3].error, ProtocolError)
-    machine, actions = machine_after([PLACED, STARTED, HANDED_OFF, DECODED])
-    assert machine.state is RequestState.FAILED
-    assert any(isinstance(action, Fail) and "token 0 never came" in action.error.message for action in actions)
+    _, (over, *_) = failing(PLACED, LegFinished(Role.PREFILL, FinishReason.CANCELLED))
+    assert isinstance(over.error, ProtocolError)
+    machine, (over, *_) = failing(PLACED, STARTED, HANDED_OFF, DECODED)
+    assert "token 0 never came" in over.error.message
+    machine.handle(PLACED, 2.0)
+    machine.handle(token(0), 3.0)
+    assert machine.state is RequestState.STREAMING, "the reason of the attempt before does not count"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "reason"),
+    [
+        (Sampling(max_tokens=2, seed=1), FinishReason.LENGTH),
+        (Sampling(max_tokens=8, seed=1, stop_token_ids=[101]), FinishReason.STOP),
+    ],
+    ids=["length", "stop"],
+)
+@pytest.mark.parametrize("event", [DECODE_LOST, DECODE_STALLED, DECODE_FAILED], ids=lambda event: type(event).__name__)
+def test_a_worker_that_dies_between_its_last_token_and_its_last_word_has_done_its_work(event, sampling, reason):
+    """Another attempt would give a token too many."""
+    machine, actions = failing(PLACED, STARTED, token(0), token(1), event, sampling=sampling)
+    assert Finish(reason) in actions and machine.state is RequestState.FINISHED
+    assert "AttemptOver" not in kinds(actions)
+
+
+# --- how often, and how soon -----------------------------------------------------------------------------------------
+
+BUDGET = Recovery(max_attempts=6, max_attempts_without_progress=4, first_delay_seconds=0.5, longest_delay_seconds=0.8)
+
+
+def test_attempts_without_progress_come_later_and_later_and_are_bounded():
+    machine = RequestMachine("r-0", [1], Sampling(max_tokens=8, seed=1), 0, BUDGET)
+    delays = []
+    for _ in range(3):
+        machine.handle(PLACED, 1.0)
+        delays.append(machine.handle(DECODE_FAILED, 1.0)[-1].after_seconds)
+    assert delays == [0.0, 0.5, 0.8]
+    machine.handle(PLACED, 1.0)
+    (fail,) = (action for action in machine.handle(DECODE_LOST, 1.0) if isinstance(action, Fail))
+    assert isinstance(fail.error, AttemptsExhausted) and fail.blame is Role.DECODE
+    assert fail.error.message == "4 attempts failed; the last word was WorkerLost: gone"
+
+
+def test_a_first_token_alone_is_no_progress_and_a_second_one_forgives():
+    machine = RequestMachine("r-0", [1], Sampling(max_tokens=99, seed=1), 0, BUDGET)
+    for number in range(2):
+        machine.handle(PLACED, 1.0)
+        machine.handle(token(number), 1.0)
+        again = machine.handle(DECODE_FAILED, 1.0)[-1]
+    assert again.after_seconds == 0.5, "prefill gives one token an attempt, whatever becomes of the handoff"
+    machine.handle(PLACED, 1.0)
+    machine.handle(token(2), 1.0)
+    machine.handle(token(3), 1.0)
+    again = machine.handle(DECODE_LOST, 1.0)[-1]
+    assert (again.after_seconds, again.avoid) == (0.0, {D}), "and P, which was blamed before, is wanted again"
+
+
+def test_attempts_in_all_are_bounded_too():
+    machine = RequestMachine("r-0", [1], Sampling(max_tokens=99, seed=1), 0, BUDGET)
+    for number in range(0, 12, 2):
+        machine.handle(PLACED, 1.0)
+        machine.handle(token(number), 1.0)
+        machine.handle(token(number + 1), 1.0)
+        machine.handle(DECODE_LOST, 1.0)
+    assert machine.state is RequestState.FAILED and machine.delivered == 12
+
+
+def test_all_that_were_to_blame_are_avoided_until_the_request_gets_on():
+    other = WorkerKey("decode-1", 33)
+    machine, _ = failing(PLACED, DECODE_LOST)
+    machine.handle(Placed(P, other), 1.0)
+    assert machine.handle(DECODE_FAILED, 1.0)[-1].avoid == {D, P}
+    machine.handle(Placed(P, other), 1.0)
+    again = machine.handle(DECODE_LOST, 1.0)[-1]
+    assert (again.avoid, again.keep) == ({D, P, other}, frozenset())
+
+
+def test_without_a_place_it_looks_again_and_again_and_that_is_no_failure():
+    machine, _ = failing(PLACED, STARTED, token(0), DECODE_LOST, budget=BUDGET)
+    looks = [machine.handle(NOT_PLACED, float(now)) for now in range(2000)]
+    assert [again.after_seconds for (again,) in looks[:3]] == [0.5, 0.8, 0.8]
+    assert looks[-1] == looks[2] == [PlaceAgain(0.8, frozenset({D}), frozenset({P}))]
+    machine.handle(PLACED, 9.0)
+    assert machine.state is RequestState.PLACED
+
+
+@pytest.mark.parametrize(
+    ("event", "state", "end"),
+    [
+        (GONE, RequestState.CANCELLED, []),
+        (DEADLINE, RequestState.FAILED, ["Fail"]),
+        (StopMatched(), RequestState.FINISHED, ["Finish"]),
+    ],
+    ids=["client-gone", "deadline", "stop"],
+)
+def test_while_it_waits_for_a_place_it_can_end(event, state, end):
+    machine, _ = failing(PLACED, STARTED, token(0), DECODE_LOST, NOT_PLACED)
+    actions = machine.handle(event, 9.0)
+    assert machine.state is state and kinds(actions) == [*end, "Forget"]
+
+
+def test_a_deadline_tells_what_went_wrong_before_it():
+    machine, _ = failing(PLACED, STARTED, token(0), DECODE_LOST, PLACED, PREFILL_FAILED)
+    machine.handle(NOT_PLACED, 3.0)
+    fail = machine.handle(DEADLINE, 60.0)[0]
+    assert isinstance(fail.error, DeadlineExceeded)
+    assert fail.error.message == (
+        "the request was not done within 60 s "
+        "(1 tokens sent; 2 attempts failed; the last word was NoWorker: no decode worker is live)"
+    )
 
 
 def test_a_deadline_also_ends_the_wait_for_timings():
@@ -240,7 +422,11 @@ def test_a_deadline_also_ends_the_wait_for_timings():
 def test_a_retracted_request_goes_on_after_the_tokens_that_the_client_has():
     way = [PLACED, STARTED, token(0), DECODE_STARTED, HANDED_OFF, token(1), RETRACTED]
     machine, actions = machine_after(way, Sampling(max_tokens=8, seed=1))
-    assert actions[-2:] == [Release(Role.DECODE, D, FENCE), PlaceAgain(FENCE, FinishReason.RETRACTED)]
+    assert actions[-3:] == [
+        AttemptOver(FENCE, Interruption.RETRACTED, None, None, None),
+        Release(Role.DECODE, D, FENCE, well=False),
+        PlaceAgain(0.0, frozenset(), frozenset()),
+    ]
     assert machine.state is RequestState.UNPLACED and not machine.ended
     other = WorkerKey("decode-1", 33)
     to_decode, to_prefill = machine.handle(Placed(P, other), 9.0)
@@ -251,14 +437,14 @@ def test_a_retracted_request_goes_on_after_the_tokens_that_the_client_has():
     last = [token(2), LegFinished(Role.PREFILL, FinishReason.HANDED_OFF), token(3), DECODED]
     actions = [action for event in last for action in machine.handle(event, 10.0)]
     assert kinds(actions) == ["Deliver", "Release", "Deliver", "Release", "Finish", "Forget"]
-    assert machine.decode_timings == DecodeTimings(0.2, 0.4, 6, 6), "of both attempts"
-    assert (machine.prefill_timings, machine.handoff_timings) == (PREFILL, HANDOFF), "of the prompt's own"
+    assert machine.timings.decode == DecodeTimings(0.2, 0.4, 6, 6), "of both attempts"
+    assert (machine.timings.prefill, machine.timings.handoff) == (PREFILL, HANDOFF), "of the prompt's own"
 
 
 def test_what_came_out_of_order_before_a_retraction_comes_again():
     """Token 0 is still on prefill's link when decode has given 1 and 2 and is retracted."""
     machine, actions = machine_after([PLACED, STARTED, token(1), token(2), RETRACTED])
-    assert kinds(actions[2:]) == ["Release", "Cancel", "Release", "PlaceAgain"]
+    assert kinds(actions[2:]) == ["AttemptOver", "Release", "Cancel", "Release", "PlaceAgain"]
     (to_decode, _) = machine.handle(PLACED, 9.0)
     assert to_decode.attempt.output == []
     delivered = machine.handle(token(0), 10.0)
@@ -268,13 +454,13 @@ def test_what_came_out_of_order_before_a_retraction_comes_again():
 def test_the_second_attempts_first_token_is_prefills_own():
     machine, _ = machine_after([PLACED, STARTED, token(0), token(1), RETRACTED, PLACED, STARTED, token(2)])
     machine.handle(PREFILL_LOST, 9.0)
-    assert machine.state is RequestState.FAILED, "decode has not taken over: its KV died with prefill"
+    assert machine.state is RequestState.UNPLACED, "decode has not taken over: its KV died with prefill"
     machine, _ = machine_after([PLACED, STARTED, token(0), token(1), RETRACTED, PLACED, DECODE_STARTED, PREFILL_LOST])
-    assert machine.state is RequestState.FAILED, "token 2 died with it, whatever the client has of the first attempt"
+    assert machine.state is RequestState.UNPLACED, "token 2 died with it, whatever the client has of the first attempt"
 
 
-def test_without_a_place_for_the_next_attempt_the_request_fails():
-    machine, _ = machine_after([PLACED, STARTED, token(0), RETRACTED])
+def test_a_first_attempt_without_a_place_fails_at_once():
+    machine = RequestMachine("r-0", [1], Sampling(max_tokens=8, seed=1))
     assert kinds(machine.handle(NOT_PLACED, 9.0)) == ["Fail", "Forget"]
     assert machine.state is RequestState.FAILED
 
@@ -302,6 +488,9 @@ RACES = st.lists(
                 DECODE_FAILED,
                 PREFILL_LOST,
                 DECODE_LOST,
+                PREFILL_STALLED,
+                DECODE_STALLED,
+                REFUSED,
                 StopMatched(),
                 GONE,
                 DEADLINE,
@@ -345,3 +534,100 @@ def test_two_links_may_interleave_in_any_way(data):
     assert machine.state is RequestState.FINISHED and machine.delivered == 4
     assert kinds(actions)[-1] == "Forget"
     assert not any(isinstance(action, Cancel) for action in actions)
+
+
+# --- any faults ------------------------------------------------------------------------------------------------------
+
+LENGTH = 6
+
+
+class Leg:
+    """A worker at one attempt, as far as its words go."""
+
+    def __init__(self, attempt) -> None:
+        given, fence = len(attempt.output), attempt.fence
+        prefill = isinstance(attempt, PrefillAttempt)
+        self.role = Role.PREFILL if prefill else Role.DECODE
+        assert attempt.output == [100 + offset for offset in range(given)], "what came before is handed on whole"
+        alone = (attempt.decode if prefill else attempt.prefill) is None
+        first = given if prefill or alone else given + 1
+        last = given + 1 if prefill else LENGTH
+        reason = FinishReason.HANDED_OFF if prefill and not alone else FinishReason.LENGTH
+        tokens = [TokensArrived([Emitted(fence, offset, 100 + offset)]) for offset in range(first, last)]
+        self.words = [LegStarted(self.role), *tokens, LegFinished(self.role, reason)]
+
+
+class World:
+    """A router's shell around one machine: words reach it while their fence is the current one."""
+
+    def __init__(self, placements) -> None:
+        budget = Recovery(max_attempts=1000, max_attempts_without_progress=1000)
+        self.machine = RequestMachine("r-0", [1, 2], Sampling(max_tokens=LENGTH, seed=1), 0, budget)
+        self.placements = placements
+        self.answer: list[int] = []
+        self.ends: list[object] = []
+        self.legs: dict[Role, Leg] = {}
+        self.owned: list[tuple[Role, WorkerKey]] = []
+        self.forgotten = 0
+        self.feed(self.placements())
+
+    def feed(self, event) -> None:
+        for action in self.machine.handle(event, 1.0):
+            if isinstance(action, Dispatch):
+                self.legs[action.role] = Leg(action.attempt)
+                self.owned.append((action.role, action.worker))
+            elif isinstance(action, Release):
+                self.owned.remove((action.role, action.worker))
+                self.legs.pop(action.role)
+            elif isinstance(action, Deliver):
+                self.answer += [emitted.token for emitted in action.tokens]
+            elif isinstance(action, Finish | Fail):
+                self.ends.append(action)
+            elif isinstance(action, PlaceAgain):
+                self.feed(self.placements(action))
+            self.forgotten += isinstance(action, Forget)
+
+    def speak(self, role: Role) -> None:
+        leg = self.legs[role]
+        self.feed(leg.words.pop(0))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_whatever_fails_the_client_gets_each_token_once_in_order_and_one_end(data):
+    """Two links in any order, and at any time any fault of any leg: lost, stalled, failed, retracted, nowhere to go."""
+    number = iter(range(1, 10_000))
+    misses = data.draw(st.integers(0, 6))
+
+    def placements(again: PlaceAgain | None = None):
+        turn = next(number)
+        if again is not None and turn <= misses:
+            return NOT_PLACED
+        prefill, decode = WorkerKey(f"prefill-{turn}", turn), WorkerKey(f"decode-{turn}", turn)
+        if world is not None and world.machine.delivered == LENGTH - 1:
+            return Placed(prefill, None)
+        return data.draw(st.sampled_from([Placed(prefill, decode), Placed(prefill, decode), Placed(None, decode)]))
+
+    world: World | None = None
+    world = World(placements)
+    faults = data.draw(st.integers(0, 12))
+    while world.legs:
+        role = data.draw(st.sampled_from(sorted(world.legs)))
+        other = Role.DECODE if role is Role.PREFILL else Role.PREFILL
+        kind = data.draw(st.integers(0, 11)) if faults else 11
+        if kind < 5:
+            faults -= 1
+            world.feed(
+                [
+                    LegLost(role, WorkerLost("gone")),
+                    LegStalled(role, WorkerStalled("silent")),
+                    LegFailed(role, role, TransferFailed("mine")),
+                    LegFailed(role, other, TransferFailed("yours")),
+                    LegFinished(Role.DECODE, FinishReason.RETRACTED),
+                ][kind]
+            )
+        elif world.legs[role].words:
+            world.speak(role)
+    assert world.answer == [100 + offset for offset in range(LENGTH)]
+    assert world.ends == [Finish(FinishReason.LENGTH)]
+    assert world.owned == [] and world.forgotten == 1
