@@ -19,6 +19,7 @@
     │   ├── NoWorker               no live worker of the role that is needed
     │   ├── Overloaded             429  a bounded queue is full
     │   ├── Draining               the worker takes no new work
+    │   ├── Cancelled              the attempt's other leg was given up, and not by this router: it lost its own
     │   ├── WorkerLost             the worker or its connection died while it had the request
     │   │   └── WorkerStalled      its connection stands, but it says nothing, or that it is stuck
     │   ├── TransferFailed         KV pages did not arrive, or arrived damaged
@@ -164,6 +165,12 @@ class Overloaded(AvailabilityError):
 
 class Draining(AvailabilityError):
     """The worker is leaving and takes no new work."""
+
+    fault = False
+
+
+class Cancelled(AvailabilityError):
+    """The attempt's other leg was given up: its router's connection broke, or it has ended there already."""
 
     fault = False
 

@@ -219,5 +219,7 @@ class PrefillMachine(StateMachine[Action]):
         )
 
     def _failed(self, event: HandoffEnded) -> Report:
-        error = event.error or ENDED_TOO_EARLY
-        return Report(AttemptFailed(self.attempt.fence, Role.PREFILL, event.blame or Role.PREFILL, error))
+        """An error without blame is the decode leg's cancel: it has given up on its own."""
+        if event.error is None:
+            return Report(AttemptFailed(self.attempt.fence, Role.PREFILL, Role.PREFILL, ENDED_TOO_EARLY))
+        return Report(AttemptFailed(self.attempt.fence, Role.PREFILL, event.blame or Role.DECODE, event.error))

@@ -237,6 +237,20 @@ def test_a_router_that_is_gone_cancels_its_attempts_alone(pair, moment):
     pair.assert_nothing_left()
 
 
+def test_a_decode_leg_that_loses_its_router_alone_fails_the_prefill_leg_so_that_another_attempt_may_help(pair):
+    fence = pair.request("half", prompt(40), GREEDY)
+    for _ in range(3):
+        pair.turn()
+    pair.to_decode.append(RouterGone(ROUTER))
+    pair.settle()
+    failed = pair.ends(fence)[Role.PREFILL]
+    assert isinstance(failed, AttemptFailed)
+    assert failed.blame is Role.DECODE
+    error = from_info(failed.error)
+    assert error.retryable and not error.fault, "nobody has done wrong"
+    pair.assert_nothing_left()
+
+
 def test_an_offer_that_comes_before_its_attempt_waits_for_it(pair):
     fence = Fence("early", 1, PREFILL_EPOCH, DECODE_EPOCH)
     pair.to_prefill.append(FromRouter(ROUTER, PrefillAttempt(fence, prompt(20), GREEDY, "decode")))
