@@ -50,12 +50,15 @@ class Processes:
         process.kill()
         process.wait()
 
-    def kill_engine(self, name: str) -> int:
-        """SIGKILL to a worker's engine process only. Returns the exit code with which the worker ends after it."""
-        process = self._running.pop(name)
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        return process.wait(STOP_SECONDS)
+    def engine(self, name: str) -> psutil.Process:
+        """A worker's engine process."""
+        (child,) = psutil.Process(self._running[name].pid).children()
+        return child
+
+    def epoch(self, name: str) -> int | None:
+        """Of a worker that is ready; None for one that is not there, or not ready."""
+        found = {status.member.worker: status for status in self.workers().workers}
+        return found[name].member.epoch if name in found and found[name].load.ready else None
 
     def terminate(self, name: str) -> int:
         """SIGTERM. Returns the exit code."""

@@ -131,9 +131,10 @@ async def test_a_dead_decode_worker_ends_its_own_streams_only(cluster, api, prom
     await its_successor_serves(cluster, api, prompt, homes[0])
 
 
-async def test_a_dead_prefill_engine_ends_the_request_and_frees_what_decode_had_granted(
+async def test_a_dead_engine_process_is_replaced_and_what_decode_had_granted_comes_back(
     cluster, api, prompt, reference
 ):
+    before = cluster.epoch("prefill-0")
     long = asyncio.create_task(api.stream(reference.named("raw-2000").prompt * 3, max_tokens=8))
 
     async def granted():
@@ -141,21 +142,51 @@ async def test_a_dead_prefill_engine_ends_the_request_and_frees_what_decode_had_
         return any(load.owners.get("lease") for load in loads)
 
     await eventually(granted, "decode has granted pages")
-    begun = time.monotonic()
-    assert cluster.kill_engine("prefill-0") != 0
-    with pytest.raises(StreamError, match="prefill"):
-        await long
-    assert time.monotonic() - begun < AT_ONCE_SECONDS
-    cluster.wait_workers("decode-0", "decode-1")
+    cluster.engine("prefill-0").kill()
+    await asyncio.gather(long, return_exceptions=True)
+
+    async def replaced():
+        return (cluster.epoch("prefill-0") or 0) > before
+
+    await eventually(replaced, "the worker is back with another engine process")
+    assert cluster.running("prefill-0")
     await all_idle(cluster)
-    await its_successor_serves(cluster, api, prompt, "prefill-0")
+    await it_serves(cluster, api, prompt, "prefill-0")
+
+
+async def test_a_stopped_engine_process_makes_its_worker_unready_until_it_goes_on(cluster, api, prompt):
+    before = cluster.epoch("decode-0")
+    cluster.engine("decode-0").suspend()
+
+    async def is_out():
+        return cluster.epoch("decode-0") is None
+
+    try:
+        await eventually(is_out, "its heartbeats say that it is not ready")
+        (stalled,) = [status.load for status in cluster.workers().workers if status.load.stalled]
+        assert stalled.stalled.startswith("the engine process has made no progress for")
+        readers = [Reader(api, prompt) for _ in range(2)]
+        assert {await reader.decode_worker() for reader in readers} == {"decode-1"}
+        await asyncio.gather(*(reader.leave() for reader in readers))
+    finally:
+        cluster.engine("decode-0").resume()
+
+    async def is_back():
+        return cluster.epoch("decode-0") == before
+
+    await eventually(is_back, "the same engine process is ready again")
+    await it_serves(cluster, api, prompt, "decode-0")
 
 
 async def its_successor_serves(cluster, api, prompt, name):
-    """The same name with a new epoch is a new worker: it is given work, and it is found by its peers."""
     cluster.start(name)
     cluster.wait_workers(*WORKERS)
     cluster.wait_healthy()
+    await it_serves(cluster, api, prompt, name)
+
+
+async def it_serves(cluster, api, prompt, name):
+    """The same name with a new epoch is a new worker: it is given work, and it is found by its peers."""
 
     async def takes_part():
         readers = [Reader(api, prompt), Reader(api, prompt)]
