@@ -58,9 +58,11 @@ class Behaviour:
     error: ErrorInfo = DAMAGED
     blame: Role | None = None
     retracted_at: int | None = None
-    """A first attempt at a request ends there, for want of pages."""
+    """It ends there, for want of pages."""
     dies_at: int | None = None
-    """The process ends: every connection breaks."""
+    """The process ends: every connection breaks. Its successor listens in the same place."""
+    faulty_attempts: int = 1
+    """So many first attempts at a request meet all this; those after them go well."""
     repeats: bool = False
     """Every token is told twice."""
 
@@ -78,6 +80,7 @@ class FakeWorker:
         self.heartbeats = True
         self.attempts: list[PrefillAttempt | DecodeAttempt] = []
         self.cancelled: list[str] = []
+        """Requests, as often as they were cancelled."""
         self.running: dict[object, asyncio.Task[None]] = {}
         self._member = {"layout": LAYOUT, "transfer": "nixl", "pool_pages": 512, "max_running": 8, **member}
         self._card = self._member.pop("model", ModelCard("fake", 8192, 49152))
@@ -155,6 +158,7 @@ class FakeWorker:
 
     async def _play(self, link: Link, request: web.Request, attempt: PrefillAttempt | DecodeAttempt) -> None:
         behaviour, fence = self.behaviour, attempt.fence
+        faulty = fence.attempt <= behaviour.faulty_attempts
         if behaviour.gate is not None:
             await behaviour.gate.wait()
         given = len(attempt.output)
@@ -166,19 +170,19 @@ class FakeWorker:
         if first >= len(output):
             return  # The first token was the last one: the prefill leg says so.
         for offset in range(first, last):
-            if behaviour.dies_at == offset:
+            if faulty and behaviour.dies_at == offset:
                 await link.close()
                 request.transport.abort()
                 return
-            if behaviour.fails_at == offset:
+            if faulty and behaviour.fails_at == offset:
                 link.post(AttemptFailed(fence, self.role, behaviour.blame or self.role, behaviour.error))
                 del self.running[fence]
                 return
-            if behaviour.retracted_at == offset and fence.attempt == 1:
+            if faulty and behaviour.retracted_at == offset:
                 link.post(AttemptFinished(fence, self.role, FinishReason.RETRACTED, decode=DECODE_TIMINGS))
                 del self.running[fence]
                 return
-            if behaviour.silent_from == offset:
+            if faulty and behaviour.silent_from == offset:
                 await asyncio.Event().wait()
             emitted = Emitted(fence, offset, output[offset], _logprobs(attempt, output[offset]))
             link.post(Tokens([emitted, emitted] if behaviour.repeats else [emitted]))

@@ -1,4 +1,4 @@
-"""What a client of the router sees when something breaks: one clear end, at once, and nothing left behind."""
+"""What a client of the router sees when something breaks for good: one clear end, at once, and nothing left behind."""
 
 import asyncio
 import json
@@ -6,6 +6,7 @@ import json
 import aiohttp
 import pytest
 
+from cluster.config import Recovery
 from cluster.errors import ErrorInfo
 from cluster.layout import KVLayout
 from cluster.messages import AttemptStarted, Emitted, Fence, Load, Role, Tokens
@@ -13,6 +14,7 @@ from tests.process.fake_worker import LAYOUT, Behaviour, FakeWorker
 from tests.process.router_house import MODEL, House, demo_text, pair
 
 BODY = {"model": MODEL, "prompt": "hello", "max_tokens": 8}
+ONE_ATTEMPT = Recovery(max_attempts=1)
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +109,12 @@ async def test_before_the_first_token_a_failure_is_an_http_error(text, role):
     broken = Behaviour(fails_at=0 if role == "prefill" else 1)
     gate = Behaviour(silent_from=0)
     workers = pair(broken, None) if role == "prefill" else pair(gate, broken)
-    async with House(text, workers) as house:
+    async with House(text, workers, recovery=ONE_ATTEMPT) as house:
         async with house.session.post(f"{house.url}/v1/completions", json={**BODY, "stream": True}) as response:
             assert response.status == 503 and response.headers["Retry-After"] == "1"
             error = (await response.json())["error"]
-        assert (error["code"], error["message"]) == ("TransferFailed", "a page arrived damaged")
+        assert error["code"] == "AttemptsExhausted"
+        assert error["message"] == "1 attempt failed; the last word was TransferFailed: a page arrived damaged"
         await house.until_idle()
         other = house.workers["decode-0" if role == "prefill" else "prefill-0"]
         assert len(other.cancelled) == 1, "the first failure decides the pair"
@@ -119,33 +122,28 @@ async def test_before_the_first_token_a_failure_is_an_http_error(text, role):
 
 async def test_after_the_first_token_a_failure_is_the_streams_last_event(text):
     gate = asyncio.Event()
-    async with House(text, pair(None, Behaviour(gate=gate, fails_at=3, blame=Role.PREFILL))) as house:
+    fails = Behaviour(gate=gate, fails_at=3, blame=Role.PREFILL)
+    async with House(text, pair(None, fails), recovery=ONE_ATTEMPT) as house:
         *events, last = await house.events(once_begun=gate.set, max_tokens=8)
         assert [json.loads(event)["choices"][0]["finish_reason"] for event in events] == [None] * len(events)
-        assert json.loads(last)["error"]["code"] == "TransferFailed"
+        assert json.loads(last)["error"]["code"] == "AttemptsExhausted"
         await house.until_idle()
         name = json.loads(events[0])["id"]
         _, record = await house.get(f"/v1/requests/{name}")
-        assert (record["finish_reason"], record["error"], record["blame"]) == ("error", "TransferFailed", "prefill")
+        assert (record["finish_reason"], record["error"], record["blame"]) == ("error", "AttemptsExhausted", "prefill")
         assert record["output_tokens"] == 3
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-async def test_a_decode_workers_death_ends_the_stream_at_once(text, path):
-    body = {"messages": [{"role": "user", "content": "hello"}]} if "chat" in path else {}
-    gate = asyncio.Event()
-    async with House(text, pair(None, Behaviour(gate=gate, dies_at=2))) as house:
-        *_, last = await house.events(path, once_begun=gate.set, max_tokens=8, **body)
-        error = json.loads(last)["error"]
-        assert error["code"] == "WorkerLost" and "decode-0" in error["message"]
-        await house.until_idle()
-
-
-async def test_a_prefill_workers_death_before_its_token_fails_and_after_the_handoff_does_not(text):
-    async with House(text, pair(Behaviour(dies_at=0), None)) as house:
+async def test_what_no_attempt_can_mend_ends_the_request_with_its_own_error(text):
+    refuses = Behaviour(fails_at=0, error=ErrorInfo("PromptTooLong", "not here, and nowhere else"))
+    async with House(text, pair(refuses, None)) as house:
         status, answer = await house.post("/v1/completions", **BODY)
-        assert (status, answer["error"]["code"]) == (503, "WorkerLost")
+        assert (status, answer["error"]["message"]) == (400, "not here, and nowhere else")
         await house.until_idle()
+        assert len(house.workers["prefill-0"].attempts) == 1
+
+
+async def test_a_prefill_workers_death_after_the_handoff_disturbs_nobody(text):
     gate = asyncio.Event()
     async with House(text, pair(None, Behaviour(gate=gate))) as house:
         asking = asyncio.create_task(house.events(max_tokens=4))
@@ -159,7 +157,7 @@ async def test_a_prefill_workers_death_before_its_token_fails_and_after_the_hand
 
 async def test_one_failed_choice_ends_the_request_and_cancels_the_others(text):
     workers = [prefill(), decode(0, Behaviour(silent_from=2)), decode(1, Behaviour(fails_at=2))]
-    async with House(text, workers) as house:
+    async with House(text, workers, recovery=ONE_ATTEMPT) as house:
         status, _ = await house.post("/v1/completions", **BODY, n=2)
         assert status == 503
         await house.until_idle()
@@ -203,6 +201,8 @@ async def test_a_defect_ends_the_router_instead_of_one_silent_link(text):
             raise ZeroDivisionError("a defect")
 
         def worker_lost(self, key, reason): ...
+
+        def worker_stalled(self, key, reason): ...
 
     async with House(text, pair()) as house:
         house.server.fleet.listen(Defective())

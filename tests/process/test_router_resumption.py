@@ -53,21 +53,6 @@ async def test_it_is_counted_and_goes_where_there_is_room(text):
         assert counted._value.get() == 1
 
 
-async def test_without_a_worker_left_the_stream_ends_with_an_error(text):
-    gate = asyncio.Event()
-    async with House(text, pair(None, Behaviour(gate=gate, retracted_at=3))) as house:
-
-        async def leave() -> None:
-            await house.workers["prefill-0"].leave()
-            await house.until(lambda: house.live() == {"decode-0"})
-            gate.set()
-
-        leaving: list[asyncio.Task] = []
-        events = await house.events(once_begun=lambda: leaving.append(asyncio.create_task(leave())), max_tokens=8)
-        assert json.loads(events[-1])["error"]["code"] == "NoWorker"
-        await house.until_idle()
-
-
 async def test_priority_reaches_both_legs_and_has_its_limits(text):
     async with House(text, pair()) as house:
         await house.complete(max_tokens=4, priority=-5)
