@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from cluster.engine_messages import EngineMessage, decode_engine_message
 from cluster.messages import Message, encode
@@ -51,6 +51,12 @@ class Unframer:
             yield decode_engine_message(bytes(self._buffer[start + _LENGTH.size : end]))
             start = end
         del self._buffer[:start]
+
+
+class ReceiveOnly(Protocol):
+    """`EngineChannel.receive_only`."""
+
+    def __call__(self, kinds: tuple[type[MessageT], ...]) -> list[MessageT]: ...
 
 
 class EngineChannel:

@@ -41,7 +41,7 @@ class Decoder(Protocol):
         """Stores the step's KV in the spans' pages; returns the float32 logits [len(step.sampled), vocabulary].
 
         The logits' memory is used again by the next step. `between_layers` is called after each layer: a long prompt's
-        step takes a good part of a second.
+        step takes a good part of a second. It may call this for another step, whose logits are used before it returns.
         """
 
     def warm_up(self, page: int, rows: int, running: int, context: int) -> None:

@@ -275,9 +275,13 @@ class Engine:
         """
         return self._scheduler.plan(now)
 
+    def overtake(self, plan: StepPlan, now: float) -> StepPlan | None:
+        """Between two layers of `plan`: a step that goes before it, see `Scheduler.overtake`. `execute` it at once."""
+        return self._scheduler.overtake(plan, now)
+
     def execute(self, plan: StepPlan, between_layers: Callable[[], None] = lambda: None) -> StepResult:
-        """Computes the step, and samples. `between_layers` is called some dozen times meanwhile; it must be quick, and
-        keep its hands off this engine."""
+        """Computes the step, and samples. `between_layers` is called some dozen times meanwhile; it must be quick. It
+        may submit, and execute what `overtake` gives; else it keeps its hands off this engine."""
         sequences = plan.sampling
 
         def after_layer() -> None:

@@ -162,6 +162,21 @@ class Scheduler:
             return None
         return StepPlan(chunks, [chunk.sequence for chunk in chunks if chunk.sequence.key in self._unstarted])
 
+    def overtake(self, plan: StepPlan, now: float) -> StepPlan | None:
+        """While `plan` is being computed: those who wait, go before everybody in it by the policy, and are completed by
+        one step of their own; None if there are none. Commit it before `plan`."""
+        overtaken = min(self._policy.rank(chunk.sequence, now) for chunk in plan.chunks)
+        budget = self._pacing.budget(decodes=0)
+        chunks: list[Chunk] = []
+        for sequence in self._ordered(self._waiting.values(), now):
+            ahead = self._policy.rank(sequence, now) < overtaken and sequence.pending <= budget
+            if not ahead or len(self._running) >= self._max_running or not self._find_pages(sequence):
+                break
+            self._enter(sequence, self._waiting)
+            chunks.append(Chunk(sequence, sequence.computed, sequence.length))
+            budget -= sequence.pending
+        return StepPlan(chunks, [chunk.sequence for chunk in chunks]) if chunks else None
+
     def commit(self, plan: StepPlan, tokens: Iterable[int]) -> list[FinishReason | None]:
         """Takes the tokens of `plan.sampling`; says for each whether its sequence has finished, and so has left."""
         sampling = plan.sampling
@@ -220,8 +235,11 @@ class Scheduler:
         for sequence in self._ordered(queue.values(), now):
             if len(self._running) >= self._max_running or not self._find_pages(sequence):
                 return
-            self._running[sequence.key] = queue.pop(sequence.key)
-            self._note_growth(sequence)
+            self._enter(sequence, queue)
+
+    def _enter(self, sequence: Sequence, queue: dict[Fence, Sequence]) -> None:
+        self._running[sequence.key] = queue.pop(sequence.key)
+        self._note_growth(sequence)
 
     def _ordered(self, sequences: Iterable[Sequence], now: float) -> list[Sequence]:
         return sorted(sequences, key=lambda sequence: self._policy.rank(sequence, now))

@@ -40,7 +40,7 @@ class _Layer(NamedTuple):
 
 
 class TorchDecoder:
-    """Implements `Decoder`; no state between calls."""
+    """Implements `Decoder`; no state between calls, nor between layers."""
 
     kernels = Kernels.TORCH
 

@@ -21,6 +21,7 @@ from cluster.engine_messages import (
     ToRouter,
 )
 from cluster.errors import RequestError, StaleFence
+from cluster.ipc import ReceiveOnly
 from cluster.logging import get_logger
 from cluster.messages import (
     Abort,
@@ -49,6 +50,9 @@ LINGER_SECONDS = 0.002
 """How long the next step may wait for the last pages of a prompt that is computed; they are few, for the others have
 gone out before."""
 PeerMessage = FromPeer | PeerUp | PeerDown
+RouterMessage = FromRouter | RouterGone
+FROM_PEERS: tuple[type[PeerMessage], ...] = (FromPeer, PeerUp, PeerDown)
+FROM_ROUTERS: tuple[type[RouterMessage], ...] = (FromRouter, RouterGone)
 
 
 @dataclass(slots=True)
@@ -64,7 +68,8 @@ class PrefillLoop:
     `receive_only` takes messages of some kinds out of it, see `EngineChannel`.
 
     A step on a long chunk takes a good part of a second. Grants, ends of writes and acknowledgements don't wait for it:
-    between two layers the sender is given what has come for it. What concerns attempts and pages waits for the step.
+    between two layers the sender is given what has come for it. Nor do new attempts that go before it by the pool's
+    policy: a step of their own is computed between two layers of it. All else that concerns attempts waits for its end.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class PrefillLoop:
         engine: Engine,
         sender: HandoffSender,
         send: Callable[[Message], None],
-        receive_only: Callable[[tuple[type[PeerMessage], ...]], list[PeerMessage]],
+        receive_only: ReceiveOnly,
         clock: Clock,
         epoch: int,
         on_close: Callable[[], None],
@@ -86,10 +91,13 @@ class PrefillLoop:
         self._on_close = on_close
         self._attempts: dict[Fence, _Attempt] = {}
         self._stale = 0
+        self._put_off: list[RouterMessage] = []
+        """What came in the middle of a step and waits for its end; it goes before all that comes later."""
 
     # --- messages ----------------------------------------------------------------------------------------------------
 
     def handle(self, message: EngineMessage, now: float) -> None:
+        self._catch_up(now)
         if isinstance(message, FromRouter):
             self._from_router(message, now)
         elif isinstance(message, FromPeer | PeerUp | PeerDown):
@@ -97,6 +105,11 @@ class PrefillLoop:
         elif isinstance(message, RouterGone):
             for fence in [fence for fence, attempt in self._attempts.items() if attempt.router == message.router]:
                 self._feed(fence, state.Cancelled("the router's connection broke"), now)
+
+    def _catch_up(self, now: float) -> None:
+        put_off, self._put_off = self._put_off, []
+        for message in put_off:
+            self.handle(message, now)
 
     def _from_peer(self, message: PeerMessage) -> None:
         """Touches the sender only: it may come in the middle of a step."""
@@ -148,21 +161,22 @@ class PrefillLoop:
     # --- steps -------------------------------------------------------------------------------------------------------
 
     def step(self, now: float) -> bool:
+        self._catch_up(now)
         ended = self._sender.poll(now)
         for handoff in ended:
             self._feed(handoff.fence, state.HandoffEnded(handoff.error, handoff.blame, handoff.timings), now)
         plan = self._engine.plan(now)
         if plan is None:
             return bool(ended)
+        self._compute(plan, now, lambda: self._between_layers(plan))
+        return True
+
+    def _compute(self, plan: StepPlan, now: float, between_layers: Callable[[], None]) -> None:
         # Offers leave before the chunk is computed, so that grants wait for us and not we for them.
         for sequence in plan.started:
             self._attempts[sequence.key].pages = sequence.pages
             self._feed(sequence.key, state.Started(sequence.cached), now)
-        self._compute(plan)
-        return True
-
-    def _compute(self, plan: StepPlan) -> None:
-        result = self._engine.execute(plan, self._attend_to_handoffs)
+        result = self._engine.execute(plan, between_layers)
         now = self._clock.now()
         for progress in result.progress:
             self._feed(progress.key, state.ChunkComputed(progress.computed), now)
@@ -176,8 +190,28 @@ class PrefillLoop:
         if result.sampled:
             self._sender.linger(LINGER_SECONDS)
 
+    def _between_layers(self, plan: StepPlan) -> None:
+        """Of a step that may be overtaken; those that overtake it may not."""
+        self._attend_to_handoffs()
+        now = self._clock.now()
+        if self._take_attempts(now) and (shorter := self._engine.overtake(plan, now)) is not None:
+            self._compute(shorter, now, self._attend_to_handoffs)
+
+    def _take_attempts(self, now: float) -> bool:
+        """Begins those that have come, in the middle of a step; whether there were any. Not behind the news that a
+        router is gone: it is of those that came before it."""
+        taken = False
+        for message in self._receive_only(FROM_ROUTERS):
+            overdue = any(isinstance(earlier, RouterGone) for earlier in self._put_off)
+            if isinstance(message, FromRouter) and isinstance(message.message, PrefillAttempt) and not overdue:
+                self._from_router(message, now)
+                taken = True
+            else:
+                self._put_off.append(message)
+        return taken
+
     def _attend_to_handoffs(self) -> None:
-        for message in self._receive_only((FromPeer, PeerUp, PeerDown)):
+        for message in self._receive_only(FROM_PEERS):
             self._from_peer(message)
         self._sender.advance(self._clock.now())
 

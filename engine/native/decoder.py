@@ -64,7 +64,6 @@ class NativeDecoder:
             epsilon=config.norm_epsilon,
             scale=config.head_dim**-0.5,
         )
-        self._step = StepPointers(page_stride=cache.pool.stride(0))
         self._head = HeadPointers(
             inputs=config.hidden_size,
             outputs=config.vocab_size,
@@ -74,30 +73,42 @@ class NativeDecoder:
         )
         self._team = _make_team(library, threads)
         weakref.finalize(self, library.baton_team_destroy, self._team)
-        self._arguments = ctypes.byref(self._shape), ctypes.byref(self._step)
-        self._hidden = self._embedding.new_empty(0, config.hidden_size)
+        self._spaces: list[_WorkSpace] = []
+        """Of steps that are being computed, one within the other, and then of those that were."""
+        self._depth = 0
+        """Steps that are being computed."""
         self._sampled = self._embedding.new_empty(0, config.hidden_size)
         self._logits = torch.empty(0, config.vocab_size)
 
     def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
-        hidden = self._work_space(len(step.tokens))
+        space = self._space(self._depth)
+        hidden = space.rows(len(step.tokens))
         torch.index_select(self._embedding, 0, torch.from_numpy(step.tokens), out=hidden)
-        placed = self._place(step)
-        shape, arguments = self._arguments
-        for layer in self._layers:
-            with traced("native layer"):
-                self._compute_layer(self._team, shape, layer, arguments)
-            between_layers()
+        placed = self._place(step, space.pointers)
+        shape, arguments = ctypes.byref(self._shape), ctypes.byref(space.pointers)
+        self._depth += 1
+        try:
+            for layer in self._layers:
+                with traced("native layer"):
+                    self._compute_layer(self._team, shape, layer, arguments)
+                between_layers()
+        finally:
+            self._depth -= 1
         del placed
         with traced("native logits"):
             return self._logits_of(hidden, step)
 
     def warm_up(self, page: int, rows: int, running: int, context: int) -> None:
         """Nothing is made per size but the buffers."""
-        self._work_space(rows)
+        self._space(0).rows(rows)
         self._sampling_space(running)
 
-    def _place(self, step: Step) -> tuple[object, ...]:
+    def _space(self, depth: int) -> _WorkSpace:
+        if depth == len(self._spaces):
+            self._spaces.append(_WorkSpace(self._config, self._cache))
+        return self._spaces[depth]
+
+    def _place(self, step: Step, pointers: StepPointers) -> tuple[object, ...]:
         """Says where each row's KV goes and what it attends to. Valid as long as the result is held."""
         page_size = self._cache.layout.page_size
         pages: list[int] = []
@@ -111,10 +122,10 @@ class NativeDecoder:
         slots[:, 0] = page_table[step.positions // page_size + np.repeat(span_table[:, 3], counts)]
         slots[:, 1] = step.positions % page_size
         cosine, sine = self._rope.angles(torch.from_numpy(step.positions))
-        self._step.rows, self._step.spans = len(step.tokens), len(step.spans)
-        self._step.span, self._step.pages = span_table.ctypes.data, page_table.ctypes.data
-        self._step.slots = slots.ctypes.data
-        self._step.cosine, self._step.sine = cosine.data_ptr(), sine.data_ptr()
+        pointers.rows, pointers.spans = len(step.tokens), len(step.spans)
+        pointers.span, pointers.pages = span_table.ctypes.data, page_table.ctypes.data
+        pointers.slots = slots.ctypes.data
+        pointers.cosine, pointers.sine = cosine.data_ptr(), sine.data_ptr()
         return span_table, page_table, slots, cosine, sine
 
     def _logits_of(self, hidden: Tensor, step: Step) -> Tensor:
@@ -126,24 +137,6 @@ class NativeDecoder:
         self._head.hidden, self._head.logits = sampled.data_ptr(), logits.data_ptr()
         self._compute_logits(self._team, ctypes.byref(self._head))
         return logits
-
-    def _work_space(self, rows: int) -> Tensor:
-        """The first `rows` of the residual stream; the other buffers are at least as long."""
-        if rows > len(self._hidden):
-            config = self._config
-            new, attended = self._embedding.new_empty, config.heads * config.head_dim
-            width = attended + 2 * config.kv_heads * config.head_dim
-            self._hidden = new(rows, config.hidden_size)
-            self._buffers = {
-                "normed": new(rows, config.hidden_size),
-                "query_key_value": new(rows, width),
-                "attended": new(rows, attended),
-                "activated": new(rows, config.intermediate_size),
-            }
-            self._step.hidden = self._hidden.data_ptr()
-            for name, buffer in self._buffers.items():
-                setattr(self._step, name, buffer.data_ptr())
-        return self._hidden[:rows]
 
     def _sampling_space(self, rows: int) -> tuple[Tensor, Tensor]:
         if rows > len(self._logits):
@@ -177,6 +170,34 @@ class NativeDecoder:
             cache=self._cache.pool[:, layer].data_ptr(),
             window=window or 0,
         )
+
+
+class _WorkSpace:
+    """The buffers of one step, which grow with its rows, and the pointers to them."""
+
+    def __init__(self, config: ModelConfig, cache: KVCache) -> None:
+        self.pointers = StepPointers(page_stride=cache.pool.stride(0))
+        self._config = config
+        self._dtype = cache.pool.dtype
+        self._hidden = torch.empty(0, config.hidden_size, dtype=self._dtype)
+        self._buffers: dict[str, Tensor] = {}
+
+    def rows(self, count: int) -> Tensor:
+        """The first `count` rows of the residual stream; the other buffers are at least as long."""
+        if count > len(self._hidden):
+            config, attended = self._config, self._config.heads * self._config.head_dim
+            widths = {
+                "hidden": config.hidden_size,
+                "normed": config.hidden_size,
+                "query_key_value": attended + 2 * config.kv_heads * config.head_dim,
+                "attended": attended,
+                "activated": config.intermediate_size,
+            }
+            self._buffers = {name: torch.empty(count, width, dtype=self._dtype) for name, width in widths.items()}
+            self._hidden = self._buffers["hidden"]
+            for name, buffer in self._buffers.items():
+                setattr(self.pointers, name, buffer.data_ptr())
+        return self._hidden[:count]
 
 
 def _weight_bytes(config: ModelConfig, item_bytes: int) -> int:

@@ -166,6 +166,31 @@ def test_the_loop_is_called_between_all_layers():
     assert len(calls) == 5
 
 
+@pytest.mark.parametrize("kernels", [Kernels.NATIVE, Kernels.TORCH])
+def test_a_step_within_a_step_changes_neither(kernels):
+    config = config_of(layers=3, windows=(None, 21, None))
+
+    def logits(inner_after):
+        """Of a prompt and, computed after so many of its layers (-1: after it), of a longer one."""
+        decoder = make_decoder(kernels, config, RandomWeights(config), cache_of(config, Dtype.BFLOAT16, 16), threads=2)
+        sequences = Sequences(16, count=2)
+        outer, inner = sequences.step({0: 70}), sequences.step({1: 120})
+        layers, found = [], []
+
+        def between_layers():
+            layers.append(1)
+            if len(layers) == inner_after:
+                found.append(decoder.forward(inner).clone())
+
+        of_outer = decoder.forward(outer, between_layers).clone()
+        return of_outer, *(found or [decoder.forward(inner).clone()])
+
+    apart = logits(-1)
+    for layer in (1, 3):
+        for one, other in zip(logits(layer), apart, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_packed_weights_keep_every_value_in_its_panel():
     weight = torch.arange(20 * 6, dtype=torch.float32).view(20, 6)
     panels = packed(weight.bfloat16())

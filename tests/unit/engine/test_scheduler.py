@@ -10,7 +10,7 @@ from cluster.messages import FinishReason, Sampling
 from engine.commitment import Commitments
 from engine.pacing import Pacing
 from engine.pages import Owner, OwnerKind, PageLedger
-from engine.policies import FirstCome
+from engine.policies import FirstCome, ShortestFirst
 from engine.prefix_cache import PrefixCache
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -24,11 +24,11 @@ def sequence(key, prompt, max_tokens=1, output=(), computed=0):
     return Sequence(key, [1] * prompt, list(output), sampling, computed)
 
 
-def scheduler(pages=100, max_running=8, chunk_tokens=16):
+def scheduler(pages=100, max_running=8, chunk_tokens=16, policy=None):
     ledger = PageLedger(pages)
     prefixes = PrefixCache(ledger, PAGE, enabled=False)
     pacing, commitments = Pacing(chunk_tokens), Commitments(1.0)
-    return Scheduler(ledger, prefixes, PAGE, max_running, FirstCome(), pacing, commitments), ledger
+    return Scheduler(ledger, prefixes, PAGE, max_running, policy or FirstCome(), pacing, commitments), ledger
 
 
 def step(scheduler, token=1):
@@ -66,6 +66,49 @@ def test_decoding_never_waits_for_prefill():
         {"decodes": (2, 3), "long": (0, 16)},
         {"decodes": (3, 4), "long": (16, 32)},
     ]
+
+
+def test_short_prompts_overtake_a_step_under_way_by_the_policy():
+    run, ledger = scheduler(policy=ShortestFirst(ageing_seconds=10.0))
+    run.submit(sequence("long", 40))
+    under_way = run.plan()
+    for key, prompt in (("short", 9), ("other", 5), ("shortest", 3), ("longer", 41)):
+        run.submit(sequence(key, prompt))
+    overtaking = run.overtake(under_way, 0.0)
+    assert [(chunk.sequence.key, chunk.start, chunk.stop) for chunk in overtaking.chunks] == [
+        ("shortest", 0, 3), ("other", 0, 5),
+    ]  # fmt: skip
+    assert [one.key for one in overtaking.started] == ["shortest", "other"]
+    assert run.commit(overtaking, [1, 1]) == [FinishReason.LENGTH] * 2
+    assert run.commit(under_way, []) == []
+    assert step(run)[0] == {"short": (0, 9), "long": (16, 23)}
+    ledger.check()
+
+
+@pytest.mark.parametrize(
+    ("policy", "prompt", "pages"),
+    [(FirstCome(), 3, 100), (ShortestFirst(10.0), 17, 100), (ShortestFirst(10.0), 3, 10)],
+    ids=["not its turn", "more than a step", "no pages"],
+)
+def test_who_does_not_overtake_waits(policy, prompt, pages):
+    run, ledger = scheduler(pages=pages, policy=policy)
+    run.submit(sequence("long", 40))
+    under_way = run.plan()
+    run.submit(sequence("waits", prompt))
+    assert run.overtake(under_way, 0.0) is None
+    run.commit(under_way, [])
+    assert run.queued == 1
+    ledger.check()
+
+
+def test_who_has_waited_for_long_is_not_overtaken():
+    run, _ = scheduler(policy=ShortestFirst(ageing_seconds=10.0))
+    run.submit(sequence("long", 40))
+    under_way = run.plan(20.0)
+    short = sequence("short", 3)
+    short.arrived = 19.0
+    run.submit(short)
+    assert run.overtake(under_way, 20.0) is None
 
 
 def test_who_does_not_fit_waits_and_nobody_overtakes():

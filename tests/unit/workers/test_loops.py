@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
+from cluster.config import SchedulingPolicy
 from cluster.engine_messages import FromPeer, FromRouter, PeerDown, RouterGone
 from cluster.errors import QuarantineFull, from_info
 from cluster.messages import (
@@ -174,6 +176,56 @@ def test_decode_may_give_up_in_the_middle_of_prefills_step(pair, layer):
     pair.cancel(fence)
     pair.settle()
     assert set(pair.ends(fence)) == {Role.PREFILL, Role.DECODE}
+    pair.assert_nothing_left()
+
+
+@pytest.mark.parametrize("policy", [SchedulingPolicy.SHORTEST_FIRST, SchedulingPolicy.FIRST_COME])
+def test_a_shorter_prompt_overtakes_a_step_under_way(tmp_path, policy):
+    pair = Pair(tiny_engine(tmp_path / "m", policy=policy), tiny_engine(tmp_path / "m"))
+    first = pair.request("long", prompt(60), GREEDY)
+    fences = []
+
+    def arrive():
+        """A short prompt in the middle of the long one's first step, and one for whose step there is no time."""
+        pair.between_layers = lambda: None
+        fences.append(pair.request("short", prompt(9, 1), GREEDY))
+        pair.cancel(fences[0])
+        fences.append(pair.request("cancelled", prompt(30, 2), GREEDY))
+        pair.cancel(fences[1])
+        fences.append(pair.request("next", prompt(5, 3), GREEDY))
+
+    pair.settle(20)
+    pair.between_layers = arrive
+    again = pair.request("again", prompt(60, 4), GREEDY)
+    pair.turn()
+    overtakes = policy is SchedulingPolicy.SHORTEST_FIRST
+    assert any(hasattr(word, "offset") for word in pair.router[fences[0]]) is overtakes
+    pair.settle()
+    expected = [pair.request(f"{fence}", prompt(length, seed), GREEDY, legs="decode") for fence, length, seed in
+                ((first, 60, 0), (again, 60, 4), (fences[2], 5, 3))]  # fmt: skip
+    pair.settle()
+    for fence, alone in zip((first, again, fences[2]), expected, strict=True):
+        assert pair.tokens(fence) == pair.tokens(alone)
+    assert pair.tokens(fences[1]) == [], "its cancel came before its turn"
+    pair.assert_nothing_left()
+
+
+def test_an_attempt_behind_the_news_that_its_router_was_gone_lives(tmp_path):
+    """It came over the router's next connection: the news is of those before it."""
+    pair = Pair(tiny_engine(tmp_path / "m", policy=SchedulingPolicy.SHORTEST_FIRST), tiny_engine(tmp_path / "m"))
+    fences = [pair.request("long", prompt(60), GREEDY, legs="prefill")]
+
+    def reconnect():
+        pair.between_layers = lambda: None
+        pair.to_prefill.append(RouterGone(ROUTER))
+        fences.append(
+            pair.request("short", prompt(9, 1), msgspec.structs.replace(GREEDY, max_tokens=1), legs="prefill")
+        )
+
+    pair.between_layers = reconnect
+    pair.settle()
+    assert pair.ends(fences[0])[Role.PREFILL].reason is FinishReason.CANCELLED
+    assert pair.ends(fences[1])[Role.PREFILL].reason is FinishReason.LENGTH
     pair.assert_nothing_left()
 
 
