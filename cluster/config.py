@@ -235,6 +235,8 @@ class Router(Section, frozen=True):
     """Where a request names no limit (and the context leaves so much). Pages are kept for as many tokens as answers
     take, not for as many as they may: see `decode.scheduling.commit_quantile`."""
     request_timeout_seconds: Seconds = 600.0
+    drain_seconds: Seconds = 10.0
+    """After SIGTERM: how long streams under way may take to finish. New requests get a 503 meanwhile."""
     max_body_bytes: Positive = 8 * 1024 * 1024
     max_choices: Positive = 128
     """Upper limit of prompts x n in one request."""

@@ -14,11 +14,12 @@ from rich.console import Console
 from cluster.config import Bootstrap, Router, Security
 from cluster.errors import BatonError, ConfigError
 from cluster.model_files import resolve_model
+from cluster.tasks import first_of
 from cluster.topology import dump_topology, load_topology
 from deploy.cluster_client import RouterClient, ask_bootstrap, ask_router, base_url
 from deploy.demo import run_demo
 from deploy.explain import waterfall
-from deploy.foreground import first_of, run_cluster
+from deploy.foreground import run_cluster
 from deploy.preflight import prepare
 from deploy.session import Session
 from deploy.status import status_table

@@ -26,6 +26,9 @@ class Display(Protocol):
     def show(self, progress: Sequence[Progress]) -> None:
         """Shows how far each process is; called several times a second."""
 
+    def tell(self, line: str) -> None:
+        """Says something that has happened."""
+
     def close(self) -> None:
         """Leaves the last state on the screen. A second call does nothing."""
 
@@ -40,11 +43,15 @@ class LiveDisplay:
     def __init__(self, console: Console) -> None:
         # Redrawn by `show` alone: a drawing thread of rich would make each fork of ours one of a threaded process.
         self._live = Live(console=console, auto_refresh=False)
+        self._console = console
 
     def show(self, progress: Sequence[Progress]) -> None:
         if not self._live.is_started:
             self._live.start()
         self._live.update(_table(progress), refresh=True)
+
+    def tell(self, line: str) -> None:
+        _tell(self._console, line)
 
     def close(self) -> None:
         self._live.stop()
@@ -63,8 +70,15 @@ class LineDisplay:
                 self._shown[each.name] = each.phase
                 self._console.print(f"{each.seconds:6.1f} s  {each.name:<12} {each.phase.value}", highlight=False)
 
+    def tell(self, line: str) -> None:
+        _tell(self._console, line)
+
     def close(self) -> None:
         pass
+
+
+def _tell(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(progress: Sequence[Progress]) -> Table:

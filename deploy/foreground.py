@@ -13,17 +13,20 @@ from rich.console import Console
 from cluster.clock import MonotonicClock
 from cluster.config import Topology
 from cluster.errors import LaunchError
+from cluster.stop_signals import POLITE, StopSignals
+from cluster.tasks import first_of
 from cluster.topology import dump_topology
 from deploy.cluster_client import RouterClient, ask_bootstrap, ask_router, observe
 from deploy.display import make_display
 from deploy.launchers.local import LocalLauncher
 from deploy.plan import processes
-from deploy.session import Session
+from deploy.session import GRACE_SECONDS, Session
+from deploy.supervision import Supervisor
 
 Serve = Callable[[Session, RouterClient], Awaitable[None]]
 """What to do with a cluster that is ready."""
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOP_SIGNALS = (*POLITE, signal.SIGHUP)
 
 
 async def run_cluster(
@@ -43,56 +46,27 @@ async def run_cluster(
             lambda: observe(bootstrap, router),
             make_display(console),
             MonotonicClock(),
+            Supervisor(topology.restarts),
         )
 
         async def live() -> None:
             await session.start(start_timeout)
             await serve(session, router)
 
-        with StopSignals() as signals:
+        with StopSignals(_STOP_SIGNALS) as signals:
             try:
                 await first_of(asyncio.ensure_future(live()), asyncio.ensure_future(signals.wait()))
             finally:
                 console.print("stopping", highlight=False)
-                await _stop(session, signals)
+                grace = GRACE_SECONDS + max(topology.router.drain_seconds, topology.worker.drain_seconds)
+                await _stop(session, signals, grace)
 
 
-async def _stop(session: Session, signals: StopSignals) -> None:
+async def _stop(session: Session, signals: StopSignals, grace_seconds: float) -> None:
     """Stops the cluster in order; a further stop signal ends the politeness."""
     impatience = asyncio.ensure_future(signals.wait())
-    await first_of(asyncio.ensure_future(session.stop()), impatience)
+    await first_of(asyncio.ensure_future(session.stop(grace_seconds)), impatience)
     await session.stop(grace_seconds=0)
-
-
-async def first_of(*tasks: asyncio.Future[None]) -> None:
-    """Waits for the first of `tasks` to end, cancels the others, and raises what it raised."""
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        task.result()
-
-
-class StopSignals:
-    """SIGINT, SIGTERM and SIGHUP as something to wait for, one at a time."""
-
-    def __init__(self) -> None:
-        self._received: asyncio.Queue[None] = asyncio.Queue()
-
-    async def wait(self) -> None:
-        await self._received.get()
-
-    def __enter__(self) -> StopSignals:
-        for number in _STOP_SIGNALS:
-            asyncio.get_running_loop().add_signal_handler(number, self._received.put_nowait, None)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number in _STOP_SIGNALS:
-            asyncio.get_running_loop().remove_signal_handler(number)
 
 
 def _run_directory(wanted: Path | None) -> Path:

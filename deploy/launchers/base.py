@@ -47,7 +47,8 @@ class Launcher(Protocol):
     """Called by one session, on one event loop. The session owns the processes: it stops what it has started."""
 
     async def start(self, process: ProcessSpec) -> None:
-        """Starts a process and returns at once. Raises `LaunchError` if it can't be started."""
+        """Starts a process and returns at once; after its end also once more, with the same log. Raises `LaunchError`
+        if it can't be started."""
 
     async def stop(self, names: Sequence[str], grace_seconds: float) -> None:
         """Asks those processes to end, together; kills, with all they have started, what is still there after

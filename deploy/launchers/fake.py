@@ -25,7 +25,7 @@ class FakeLauncher:
             raise LaunchError(f"{process.name} can't be started: told so")
         self.started.append(process)
         self._running[process.name] = True
-        self._logs[process.name] = []
+        self._logs.setdefault(process.name, [])
 
     async def stop(self, names: Sequence[str], grace_seconds: float) -> None:
         for name in names:

@@ -32,7 +32,8 @@ class LocalLauncher:
         # PYTHONSAFEPATH (Python 3.11): a folder named "router" where the user stands must not hide our module.
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         try:
-            with self._log(process.name).open("wb") as log:
+            # What a former life wrote says why there is a new one.
+            with self._log(process.name).open("ab" if process.name in self._processes else "wb") as log:
                 child = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
@@ -47,6 +48,7 @@ class LocalLauncher:
                 )
         except OSError as error:
             raise LaunchError(f"{process.name} can't be started: {error}") from error
+        self._stopping.discard(process.name)
         self._processes[process.name] = child
         self._watching[process.name] = asyncio.create_task(self._watch(process.name, child))
 

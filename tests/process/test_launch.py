@@ -42,8 +42,9 @@ class Baton:
             stderr=asyncio.subprocess.STDOUT,
         )
 
-    async def up(self, **behaviours: str) -> None:
-        await self.start("up", "t.yaml", "--log-dir", "run", **behaviours)
+    async def up(self, *settings: str, **behaviours: str) -> None:
+        chosen = [word for setting in settings for word in ("--set", setting)]
+        await self.start("up", "t.yaml", "--log-dir", "run", *chosen, **behaviours)
 
     async def says(self, text: str) -> None:
         while text not in self.output:
@@ -58,6 +59,16 @@ class Baton:
 
     def pid(self, name: str) -> int:
         return int((self.run_directory / f"{name}.pid").read_text())
+
+    async def successor(self, name: str, pid: int) -> int:
+        """The process that has taken the place of `pid`, once it runs."""
+
+        async def found() -> int:
+            while (now := (self.run_directory / f"{name}.pid").read_text()) in ("", str(pid)):  # noqa: ASYNC110 - a file
+                await asyncio.sleep(0.01)
+            return int(now)
+
+        return await asyncio.wait_for(found(), PATIENCE)
 
     def left_over(self) -> list[str]:
         """Names of the processes that still run; a dead one that nobody has buried does not."""
@@ -111,19 +122,39 @@ async def test_a_worker_that_cannot_start_is_named_with_its_reason(baton):
     assert baton.left_over() == []
 
 
-@pytest.mark.parametrize(
-    ("name", "number", "end"),
-    [
-        ("prefill-0", signal.SIGUSR1, "prefill-0 ended (exit code 3)"),
-        ("router", signal.SIGKILL, "router was killed (SIGKILL)"),
-    ],
-)
-async def test_a_death_later_stops_the_rest(baton, name, number, end):
+async def test_what_dies_later_is_replaced_beside_the_others(baton):
     await baton.up(prefill_0="crash later")
     await baton.says("ready: ")
-    os.kill(baton.pid(name), number)
+    for name, number, end in (
+        ("prefill-0", signal.SIGUSR1, "prefill-0 ended (exit code 3)"),
+        ("router", signal.SIGKILL, "router was killed (SIGKILL)"),
+        ("bootstrap", signal.SIGKILL, "bootstrap was killed (SIGKILL)"),
+    ):
+        before = {each: baton.pid(each) for each in PROCESSES}
+        os.kill(before[name], number)
+        await baton.says(f"{end}; starting it anew now\n")
+        await baton.successor(name, before[name])
+        assert {each for each in PROCESSES if baton.pid(each) != before[each]} == {name}
+    os.kill(baton.pid("decode-1"), signal.SIGTERM)
+    await baton.says("decode-1 ended as it was asked to\n")
+    assert set(baton.left_over()) == PROCESSES - {"decode-1"}
+    baton.process.terminate()
+    assert await baton.ends() == 0
+    assert baton.left_over() == []
+    log = (baton.run_directory / "router.log").read_text()
+    assert log.count('"starting"') == 2, "what its former life wrote is still there"
+
+
+async def test_what_dies_too_often_ends_the_cluster_with_its_reason(baton):
+    await baton.up("restarts.most=1")
+    await baton.says("ready: ")
+    pid = baton.pid("router")
+    os.kill(pid, signal.SIGKILL)
+    os.kill(await baton.successor("router", pid), signal.SIGKILL)
     assert await baton.ends() == 1
-    assert f"error: {end}\nthe end of its log:\n" in baton.output
+    assert (
+        "error: router: it has died 2 times within 300 s; the last time:\nrouter was killed (SIGKILL)" in baton.output
+    )
     assert baton.left_over() == []
 
 

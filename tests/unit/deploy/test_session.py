@@ -1,15 +1,19 @@
 """A session starts all, says why it could not, and stops in order: driven with a launcher that exists in memory."""
 
+import asyncio
 import re
 
 import pytest
 
 from cluster.clock import ManualClock
-from cluster.config import Model, Topology
+from cluster.config import Model, Restarts, Topology
 from cluster.errors import LaunchError
+from cluster.process import EXIT_DONE, EXIT_RESTART
+from cluster.tasks import cancel
 from deploy.launchers.fake import FakeLauncher
 from deploy.plan import processes
 from deploy.session import Session
+from deploy.supervision import Supervisor
 from tests.unit.deploy.example_members import member_status
 
 SPECS = processes(Topology(model=Model(path="m")), "t.yaml")
@@ -24,15 +28,31 @@ class Scene:
         self.clock = ManualClock()
         self.launcher = launcher or FakeLauncher()
         self.shown: dict[str, str] = {}
+        self.told: list[str] = []
         self.closed = False
 
         async def probe():
             return look(self)
 
-        self.session = Session(SPECS, self.launcher, probe, self, self.clock)
+        self.session = Session(SPECS, self.launcher, probe, self, self.clock, Supervisor(Restarts(most=2)))
 
     def show(self, progress) -> None:
         self.shown = {each.name: each.phase.value for each in progress}
+
+    def tell(self, line) -> None:
+        self.told.append(line)
+
+    async def ready(self) -> asyncio.Task[None]:
+        """Starts, and goes on watching."""
+        await self.session.start(timeout_seconds=10)
+        self.launcher.started.clear()
+        return asyncio.create_task(self.session.watch())
+
+    async def starts(self, count: int) -> list[str]:
+        """Waits until so many processes have been started since the cluster was ready."""
+        while len(self.launcher.started) < count:  # noqa: ASYNC110 - bounded by the test's own time
+            await asyncio.sleep(0)
+        return [spec.name for spec in self.launcher.started]
 
     def close(self) -> None:
         self.closed = True
@@ -66,11 +86,55 @@ async def test_a_death_while_starting_is_told_with_the_process_own_reason():
 
 
 async def test_a_death_that_leaves_no_log_is_told_too():
-    scene = Scene(look=lambda scene: ALL_READY)
-    await scene.session.start(timeout_seconds=10)
-    scene.launcher.die("router", -9)
+    def look(scene):
+        scene.launcher.die("router", -9)
+        return NOTHING
+
     with pytest.raises(LaunchError, match=r"^router was killed \(SIGKILL\); it wrote no log$"):
-        await scene.session.watch()
+        await Scene(look=look).session.start(timeout_seconds=10)
+
+
+async def test_what_dies_later_is_started_anew_and_told_with_its_reason():
+    scene = Scene(look=lambda scene: ALL_READY)
+    watching = await scene.ready()
+    scene.launcher.write("decode-0", '{"event":"stopped","error":"out of memory"}')
+    scene.launcher.die("decode-0", 1)
+    assert await scene.starts(1) == ["decode-0"]
+    scene.launcher.die("router", -9)
+    assert await scene.starts(2) == ["decode-0", "router"]
+    assert scene.told == [
+        "decode-0 ended (exit code 1): out of memory; starting it anew now",
+        "router was killed (SIGKILL); starting it anew now",
+    ]
+    await cancel(watching)
+
+
+async def test_what_dies_too_often_ends_the_cluster_with_its_last_words():
+    scene = Scene(look=lambda scene: ALL_READY)
+    scene.session._supervisor = Supervisor(Restarts(most=1))
+    watching = await scene.ready()
+    scene.launcher.write("router", '{"event":"stopped","error":"cheese"}')
+    for _ in range(2):
+        scene.launcher.die("router", 1)
+    with pytest.raises(
+        LaunchError, match=r"^router: it has died 2 times within 300 s; the last time:\nrouter ended .* cheese"
+    ):
+        await watching
+
+
+async def test_who_was_asked_to_end_is_left_alone_and_who_asks_for_a_restart_gets_it_without_end():
+    scene = Scene(look=lambda scene: ALL_READY)
+    watching = await scene.ready()
+    scene.launcher.die("decode-0", EXIT_DONE)
+    for count in range(1, 8):
+        scene.launcher.die("prefill-0", EXIT_RESTART)
+        await scene.starts(count)
+    assert scene.told[0] == "decode-0 ended as it was asked to"
+    assert set(scene.told[1:]) == {"prefill-0 starts anew as it was asked to"}
+    assert {spec.name for spec in scene.launcher.started} == {"prefill-0"}
+    for name in ("prefill-0", "router", "bootstrap"):
+        scene.launcher.die(name, EXIT_DONE)
+    await watching
 
 
 async def test_a_start_that_takes_too_long_names_those_that_are_late():
