@@ -6,72 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
+from cluster.errors import from_info
 from cluster.messages import Fence, Role
-from kv_transfer.receiver import HandoffFailed, KVArrived, LeaseEnded, OfferArrived
-from tests.process.transfer_ends import ReceiverEnd, Remote, SenderEnd
-
-LAYOUT = {"model": "test", "dtype": "bfloat16", "page_size": 16, "layers": 6, "kv_heads": 3, "head_dim": 64}
-PREFILL_EPOCH, DECODE_EPOCH = 11, 22
-PAGES = 64
-BOUND = 20.0
-"""Seconds that anything may take; what takes less is asserted where it matters."""
-
-
-class Pair:
-    """Two engine processes, and the relay between them that the control processes would be."""
-
-    def __init__(self, transfer: str, environment: dict[str, str] | None = None) -> None:
-        self.sender = Remote.start(SenderEnd, transfer, LAYOUT, PAGES, PREFILL_EPOCH, environment=environment)
-        self.receiver = Remote.start(ReceiverEnd, transfer, LAYOUT, PAGES, DECODE_EPOCH, environment=environment)
-        self.events: list[Any] = []
-        self._to_sender: list[bytes] = []
-        self._to_receiver: list[bytes] = []
-
-    def connect(self) -> None:
-        self.sender.call("peer_up", self.receiver.call("hello"))
-        self.receiver.call("peer_up", self.sender.call("hello"))
-
-    def step_sender(self) -> None:
-        sent, ended = self.sender.call("step", DECODE_EPOCH, self._to_sender)
-        self._to_sender = []
-        self._to_receiver += sent
-        self.events += ended
-
-    def step_receiver(self) -> None:
-        sent, events = self.receiver.call("step", PREFILL_EPOCH, self._to_receiver)
-        self._to_receiver = []
-        self._to_sender += sent
-        self.events += events
-
-    def until(self, found: Callable[[Any], bool], *steps: Callable[[], None]) -> Any:
-        """Steps both sides (or `steps`) until an event fits; takes it and returns it."""
-        deadline = time.monotonic() + BOUND
-        while time.monotonic() < deadline:
-            for index, event in enumerate(self.events):
-                if found(event):
-                    return self.events.pop(index)
-            for step in steps or (self.step_sender, self.step_receiver):
-                step()
-        raise AssertionError(f"it did not happen; seen: {self.events}")
-
-    def grant(self, fence: Fence, tokens: int, pages: list[int], skip: int = 0) -> None:
-        self.sender.call("offer", fence, tokens)
-        self.until(lambda event: event == OfferArrived(fence, tokens))
-        self.receiver.call("grant", fence, pages, skip)
-        self.step_receiver()
-        self.step_sender()
-
-    def kill(self) -> None:
-        self.sender.kill()
-        self.receiver.kill()
-
-    def close(self) -> None:
-        self.sender.close()
-        self.receiver.close()
+from kv_transfer.receiver import HandoffFailed, KVArrived, LeaseEnded
+from tests.process.transfer_pair import DECODE_EPOCH, PREFILL_EPOCH, Pair, ended, fence, of
 
 
 @pytest.fixture(scope="module", params=["nixl", "mooncake"])
@@ -100,18 +41,6 @@ def own_pair() -> Iterator[Callable[..., Pair]]:
     yield start
     for pair in pairs:
         pair.kill()
-
-
-def fence(request: str) -> Fence:
-    return Fence(request, 0, PREFILL_EPOCH, DECODE_EPOCH)
-
-
-def of(kind: type, handoff: Fence) -> Callable[[Any], bool]:
-    return lambda event: type(event).__name__ == kind.__name__ and event.fence == handoff
-
-
-def ended(handoff: Fence) -> Callable[[Any], bool]:
-    return lambda event: type(event).__name__ == "HandoffEnded" and event.fence == handoff
 
 
 def test_pages_arrive_chunk_by_chunk_verified_and_in_their_places(pair):
@@ -221,3 +150,24 @@ def test_bytes_that_arrive_late_never_reach_a_page_that_was_given_back(own_pair,
     reused = pair.receiver.call("digests", targets)
     pair.receiver.call("idle_cpu", 0.5)
     assert pair.receiver.call("digests", targets) == reused
+
+
+def test_damaged_pages_are_never_decoded_from_and_another_attempt_gets_them_whole(pair):
+    damaged, again = fence("damaged"), Fence("damaged", 1, PREFILL_EPOCH, DECODE_EPOCH)
+    for handoff in (damaged, again):
+        pair.sender.call("fill", 12, 3)
+        pair.grant(handoff, 16, [30])
+        pair.sender.call("computed", handoff, [12], 16)
+        pair.sender.call("finish", handoff, 1)
+        if handoff is damaged:
+            while not pair.to_receiver:  # until DONE is on its way: all is written
+                pair.step_sender()
+            pair.receiver.call("fill", 30, 4)
+            failed = pair.until(of(HandoffFailed, damaged))
+            pair.until(of(LeaseEnded, damaged))
+            for end in (failed, pair.until(ended(damaged))):
+                assert (end.error.code, end.blame) == ("TransferFailed", Role.PREFILL)
+                assert from_info(end.error).retryable
+    pair.until(of(KVArrived, again))
+    assert pair.until(ended(again)).error is None
+    assert pair.receiver.call("digests", [30]) == pair.sender.call("digests", [12])

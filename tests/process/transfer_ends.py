@@ -26,6 +26,7 @@ from cluster.messages import Fence, PeerHello, PeerMessage, Role
 from kv_transfer.backends import backend_environment, open_backend
 from kv_transfer.backends.base import PoolMemory, WriteHandle, WriteState
 from kv_transfer.digests import PageDigests
+from kv_transfer.driver import WRITE_TIMEOUT_SECONDS
 from kv_transfer.receiver import HandoffReceiver
 from kv_transfer.sender import HandoffSender
 from kv_transfer.thread import TransferThread
@@ -101,18 +102,41 @@ class _ShellEnd:
 
     role: Role
 
-    def __init__(self, transfer: str, layout: dict[str, Any], pages: int, epoch: int) -> None:
+    def __init__(
+        self,
+        transfer: str,
+        layout: dict[str, Any],
+        pages: int,
+        epoch: int,
+        write_timeout: float = WRITE_TIMEOUT_SECONDS,
+    ) -> None:
         self.layout = KVLayout(**layout)
         self.epoch = epoch
         self.pool = SharedPool(pages, self.layout.page_bytes)
         self.backend = open_backend(TransferName(transfer), self.role.value, self.pool.memory, "127.0.0.1")
         self.clock = MonotonicClock()
         self.woken = threading.Event()
-        self.thread = TransferThread(self.backend, PageDigests(self.pool.memory), self.clock, self.woken.set)
+        self.oldest: float | None = None
+        """When the oldest write began that is under way."""
+        self.thread = TransferThread(
+            self.backend,
+            PageDigests(self.pool.memory),
+            self.clock,
+            self.woken.set,
+            on_look=self._looked,
+            write_timeout=write_timeout,
+        )
         self.sent: list[bytes] = []
 
     def idle(self) -> None:
         """The thread does all there is to do."""
+
+    def _looked(self, oldest: float | None) -> None:
+        self.oldest = oldest
+
+    def under_way(self) -> bool:
+        """Whether a write of ours has begun and not ended."""
+        return self.oldest is not None
 
     def send(self, worker: str, epoch: int, message: PeerMessage) -> None:
         self.sent.append(messages.encode(message))
@@ -149,8 +173,8 @@ class _ShellEnd:
 class SenderEnd(_ShellEnd):
     role = Role.PREFILL
 
-    def __init__(self, transfer: str, layout: dict[str, Any], pages: int, epoch: int) -> None:
-        super().__init__(transfer, layout, pages, epoch)
+    def __init__(self, transfer: str, layout: dict[str, Any], pages: int, epoch: int, write_timeout: float) -> None:
+        super().__init__(transfer, layout, pages, epoch, write_timeout)
         self.sender = HandoffSender(self.thread, self.layout, self.send, self.clock, True, epoch=epoch)
 
     def peer_up(self, hello: bytes) -> None:
@@ -193,6 +217,9 @@ class ReceiverEnd(_ShellEnd):
     def grant(self, fence: Fence, pages: list[int], skip: int) -> None:
         self.receiver.grant(fence, pages, skip)
 
+    def cancel(self, fence: Fence) -> None:
+        self.receiver.cancel(fence, ErrorInfo("Cancelled", "the client has left"))
+
     def quarantined(self) -> int:
         return len(self.receiver.quarantined)
 
@@ -216,6 +243,13 @@ class Remote:
 
     @classmethod
     def start(cls, kind: type, transfer: str, *arguments: Any, environment: dict[str, str] | None = None) -> Remote:
+        remote = cls.begin(kind, transfer, *arguments, environment=environment)
+        remote.answer()
+        return remote
+
+    @classmethod
+    def begin(cls, kind: type, transfer: str, *arguments: Any, environment: dict[str, str] | None = None) -> Remote:
+        """Its first `answer`, None, comes when it is ready."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
             process = subprocess.Popen(
@@ -224,7 +258,7 @@ class Remote:
                 env={**os.environ, **backend_environment(TransferName(transfer)), **(environment or {})},
             )
             remote = cls(process, Connection(os.dup(ours.fileno())))
-        remote.call(kind.__name__, transfer, *arguments)
+        remote.post(kind.__name__, transfer, *arguments)
         return remote
 
     def call(self, method: str, *arguments: Any) -> Any:
