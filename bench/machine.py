@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,11 +33,12 @@ class Setting(msgspec.Struct, frozen=True):
     versions: dict[str, str]
 
 
-def describe_setting() -> Setting:
-    """Of this process, now. `cores_used` are those that this process, and so its children, may run on."""
+def describe_setting(command: Sequence[str] | None = None) -> Setting:
+    """Of this process, now; `command` is what a user typed, by default a command of this package. `cores_used` are
+    those that this process, and so its children, may run on."""
     return Setting(
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        command=shlex.join(command or ["python", "-m", "bench", *sys.argv[1:]]),
         commit=_commit(),
         processor=_processor(),
         cores_used=sorted(os.sched_getaffinity(0)),

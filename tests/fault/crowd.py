@@ -1,0 +1,109 @@
+"""The clients of a campaign: so many streams at a time, each answer judged when it is there."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+import aiohttp
+
+from tests.fault.answers import Answer, Verdict, judge
+from tests.fault.questions import Question
+from tests.fault.reading import Outage, Reading
+
+
+class Judged(NamedTuple):
+    """A request that has ended; `verdict` is None for one that got what it should."""
+
+    reading: Reading
+    verdict: Verdict | None
+    reason: str
+
+
+class Crowd:
+    """Streams that ask one question after the other while `of` runs; belongs to one event loop."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        questions: Sequence[Question],
+        answers: Mapping[str, Answer],
+        outage: Outage,
+        seed: int,
+    ) -> None:
+        """`answers` are the right ones, by question."""
+        self.judged: list[Judged] = []
+        self.open: list[Reading] = []
+        """Being read now, oldest first."""
+        self._session = session
+        self._url = url
+        self._questions = questions
+        self._answers = answers
+        self._outage = outage
+        self._seed = seed
+        self._closing = False
+
+    @property
+    def failures(self) -> list[Judged]:
+        return [each for each in self.judged if each.verdict is not None]
+
+    @asynccontextmanager
+    async def of(self, streams: int) -> AsyncIterator[None]:
+        """They ask while the block runs; leaving it waits for what is still being answered."""
+        tasks = [asyncio.create_task(self._ask_on(number)) for number in range(streams)]
+        try:
+            yield
+            self._closing = True
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ask_on(self, stream: int) -> None:
+        draw = random.Random(f"{self._seed}/{stream}")
+        number = 0
+        while not self._closing:
+            reading = Reading(f"fault-{self._seed}-{stream}-{number}", draw.choice(self._questions))
+            await self._ask(reading)
+            number += 1
+
+    async def _ask(self, reading: Reading) -> None:
+        self.open.append(reading)
+        try:
+            await reading.read(self._session, self._url, self._outage)
+        finally:
+            self.open.remove(reading)
+        wrong = judge(reading.answer, self._answers[reading.question.name])
+        if reading.error is not None:
+            self.judged.append(Judged(reading, Verdict.FAILED, reading.error))
+        elif wrong is not None:
+            self.judged.append(Judged(reading, *wrong))
+        else:
+            self.judged.append(Judged(reading, None, ""))
+
+
+async def ask_in_peace(
+    session: aiohttp.ClientSession, url: str, questions: Sequence[Question], at_once: int
+) -> dict[str, Answer]:
+    """The right answers, by question: from a cluster that nothing happens to."""
+    turn = asyncio.Semaphore(at_once)
+
+    async def ask(question: Question) -> Answer:
+        async with turn:
+            reading = Reading(f"peace-{question.name}", question)
+            await reading.read(session, url, NoOutage())
+        assert reading.error is None, f"{question.name}: {reading.error}"
+        return reading.answer
+
+    answers = await asyncio.gather(*(ask(question) for question in questions))
+    return {question.name: answer for question, answer in zip(questions, answers, strict=True)}
+
+
+class NoOutage:
+    def since(self, moment: float) -> bool:
+        return False

@@ -1,0 +1,138 @@
+"""What can be seen of a cluster from outside while faults happen to it: its workers, and where each request stands."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from cluster.messages import Load, Role
+from tests.fault.plan import Lane, Moment
+from tests.fault.reading import Reading
+
+PROBE_SECONDS = 2.0
+POLL_SECONDS = 0.1
+
+
+class AttemptRecord(msgspec.Struct, frozen=True):
+    """One attempt at a choice, by the router's record of the request; times are seconds since the request's arrival."""
+
+    prefill_worker: str | None
+    decode_worker: str | None
+    placed_seconds: float
+    ended_seconds: float | None
+    tokens: int
+    end: str | None
+    error: str | None
+    blame: str | None
+
+
+class ChoiceRecord(msgspec.Struct, frozen=True):
+    queue_seconds: float | None
+    first_token_seconds: float | None
+    prefill_worker: str | None
+    decode_worker: str | None
+    history: list[AttemptRecord]
+
+    def worker(self, role: Role) -> str | None:
+        return self.prefill_worker if role is Role.PREFILL else self.decode_worker
+
+    @property
+    def moment(self) -> Moment:
+        """While it has no token yet."""
+        return Moment.PLACED if self.queue_seconds is None else Moment.COMPUTING
+
+
+class RequestRecord(ChoiceRecord, frozen=True):
+    choices: list[ChoiceRecord]
+
+
+class WorkerStatus(msgspec.Struct, frozen=True):
+    worker: str
+    role: Role
+    epoch: int
+    live: bool
+    attempts: int
+    load: Load
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The router's `GET /status`."""
+
+    in_flight: int
+    integrity_errors: list[str]
+    workers: list[WorkerStatus]
+
+    def ready(self, role: Role) -> dict[str, int]:
+        """The epochs of the workers that can take work."""
+        return {each.worker: each.epoch for each in self.workers if each.role is role and each.live and each.load.ready}
+
+    @property
+    def at_rest(self) -> bool:
+        return self.in_flight == 0 and not self.integrity_errors and not any(each.attempts for each in self.workers)
+
+
+class Watch:
+    """Asks the router and bootstrap; one that does not answer gives None."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, bootstrap_url: str) -> None:
+        self._session = session
+        self._url = url
+        self._bootstrap_url = bootstrap_url
+
+    async def status(self) -> Status | None:
+        body = await self._get(f"{self._url}/status")
+        return None if body is None else msgspec.json.decode(body, type=Status)
+
+    async def record(self, reading: Reading) -> RequestRecord | None:
+        body = await self._get(f"{self._url}/v1/requests/{reading.name}")
+        return None if body is None else msgspec.json.decode(body, type=RequestRecord)
+
+    async def members(self) -> set[str]:
+        """The workers that bootstrap knows."""
+        body = await self._get(f"{self._bootstrap_url}/workers")
+        found: list[Mapping[str, Any]] = [] if body is None else msgspec.json.decode(body)["workers"]
+        return {each["member"]["worker"] for each in found}
+
+    async def serves(self) -> bool:
+        """Whether the router would take a request now."""
+        return await self._get(f"{self._url}/health") is not None
+
+    async def pool_is_whole(self, lane: Lane, before: Mapping[str, int], replaced: str | None) -> bool:
+        """Whether all workers of `before` are ready, the one that was `replaced` with another epoch."""
+        status = await self.status()
+        if status is None or lane.role is None:
+            return False
+        ready = status.ready(lane.role)
+        if replaced is not None and ready.get(replaced) == before[replaced]:
+            return False
+        return ready.keys() == before.keys()
+
+    async def _get(self, url: str) -> bytes | None:
+        try:
+            async with self._session.get(url, timeout=aiohttp.ClientTimeout(PROBE_SECONDS)) as response:
+                return await response.read() if response.status == 200 else None
+        except (aiohttp.ClientError, ConnectionError, asyncio.TimeoutError):
+            return None
+
+
+class RouterOutage:
+    """When the router was away: between `begins` and `ends` its clients may lose connections, or find nobody."""
+
+    def __init__(self) -> None:
+        self._away = False
+        self._last_end = float("-inf")
+
+    def begins(self) -> None:
+        self._away = True
+
+    def ends(self) -> None:
+        self._away, self._last_end = False, time.monotonic()
+
+    def since(self, moment: float) -> bool:
+        """Whether it was away at some time from `moment` on."""
+        return self._away or self._last_end > moment
