@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from cluster.clock import MonotonicClock
 from cluster.config import Bootstrap, Router, Security
 from cluster.errors import BatonError, ConfigError
 from cluster.model_files import resolve_model
@@ -21,6 +23,7 @@ from deploy.demo import run_demo
 from deploy.explain import waterfall
 from deploy.foreground import run_cluster
 from deploy.preflight import prepare
+from deploy.rolling import Rolling
 from deploy.session import Session
 from deploy.status import status_table
 
@@ -30,6 +33,12 @@ Overrides = Annotated[
 ]
 LogDirectory = Annotated[Path | None, typer.Option("--log-dir", help="Where the logs go; default: a new folder.")]
 StartTimeout = Annotated[float, typer.Option("--start-timeout", metavar="SECONDS", help="Limit of the start-up.")]
+
+ClusterTopology = Annotated[
+    Path | None,
+    typer.Option("--topology", help="The cluster's YAML file; for one of `baton up`, that in its log folder."),
+]
+RollingTimeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Limit for each worker.")]
 
 app = typer.Typer(
     help="Prefill/decode disaggregated LLM serving.",
@@ -113,6 +122,28 @@ def status(
 
 
 @app.command()
+def drain(
+    workers: Annotated[list[str], typer.Argument(metavar="WORKER...", help="Names, as `baton status` shows them.")],
+    topology_path: ClusterTopology = None,
+    overrides: Overrides = [],  # noqa: B006
+    timeout: RollingTimeout = 900.0,
+) -> None:
+    """End workers in order: no new work, what they have finishes, or goes on elsewhere."""
+    _roll(topology_path, overrides, timeout, lambda rolling: rolling.drain(workers))
+
+
+@app.command()
+def restart(
+    workers: Annotated[list[str] | None, typer.Argument(metavar="[WORKER...]", help="Default: all of them.")] = None,
+    topology_path: ClusterTopology = None,
+    overrides: Overrides = [],  # noqa: B006
+    timeout: RollingTimeout = 900.0,
+) -> None:
+    """Drain workers and start them anew, the next when the last one takes work again."""
+    _roll(topology_path, overrides, timeout, lambda rolling: rolling.restart(workers or []))
+
+
+@app.command()
 def explain(
     request: Annotated[str, typer.Argument(metavar="REQUEST", help="The answer's id, or the request's X-Request-Id.")],
     router: Annotated[str | None, typer.Option(metavar="URL", help="Of the router, in place of a topology.")] = None,
@@ -147,6 +178,22 @@ def validate(topology_path: TopologyPath, overrides: Overrides = []) -> None:  #
     except ConfigError as error:
         # No reason to fail: the cluster may run elsewhere.
         print(f"note: not on this machine: {error}", file=sys.stderr)
+
+
+def _roll(
+    topology_path: Path | None, overrides: list[str], timeout: float, work: Callable[[Rolling], Awaitable[None]]
+) -> None:
+    topology = load_topology(topology_path, overrides) if topology_path else None
+    security = topology.security if topology else Security()
+
+    async def roll() -> None:
+        async with (
+            ask_bootstrap(topology.bootstrap if topology else Bootstrap(), security) as bootstrap,
+            ask_router(topology.router if topology else Router(), security) as router,
+        ):
+            await work(Rolling(bootstrap, router, MonotonicClock(), timeout, lambda line: print(line, flush=True)))
+
+    asyncio.run(roll())
 
 
 def _console() -> Console:

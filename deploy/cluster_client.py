@@ -14,7 +14,7 @@ import msgspec
 from cluster.access.security import ClusterSecurity, router_session
 from cluster.config import Bootstrap, Router, Security
 from cluster.errors import LaunchError, NotFound
-from cluster.messages import DecodeTimings, HandoffTimings, MemberStatus, PrefillTimings
+from cluster.messages import DecodeTimings, HandoffTimings, Member, MemberStatus, PrefillTimings
 
 _ShapeT = TypeVar("_ShapeT")
 
@@ -74,6 +74,18 @@ class _Workers(msgspec.Struct, frozen=True):
     workers: list[MemberStatus]
 
 
+class _Placeable(msgspec.Struct, frozen=True):
+    """A worker in the router's own view, which has more fields."""
+
+    worker: str
+    epoch: int
+    live: bool
+
+
+class _Fleet(msgspec.Struct, frozen=True):
+    workers: list[_Placeable]
+
+
 def base_url(host: str, port: int, scheme: str = "http") -> str:
     """The URL at which this machine reaches a server that listens on `host`, which may be all addresses."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -108,6 +120,21 @@ class BootstrapClient:
         body = await _get(self._http, f"{self._url}/workers", "bootstrap")
         return _parse(body, _Workers, f"{self._url}/workers").workers
 
+    async def drain(self, member: Member, *, restart: bool) -> None:
+        """Asks one of these workers to end, with `restart` to be started anew. Returns at once. Raises `LaunchError` if
+        it can't be reached."""
+        url = f"{member.url}/drain"
+        body = msgspec.json.encode({"restart": restart})
+        _required(*await _ask(self._http, url, member.worker, body), url, member.worker)
+
+    async def is_gone(self, member: Member) -> bool:
+        """Whether one of these workers does not answer any more."""
+        try:
+            await _ask(self._http, f"{member.url}/live", member.worker)
+        except LaunchError:
+            return True
+        return False
+
 
 class RouterClient:
     """Asks a router. `http` belongs to the caller."""
@@ -119,6 +146,12 @@ class RouterClient:
     async def check_health(self) -> None:
         """Raises `LaunchError` unless the router can serve now."""
         await _get(self._http, f"{self._url}/health", "the router")
+
+    async def takes_work(self, worker: str, epoch: int) -> bool:
+        """Whether this instance of a worker gets requests from this router. Raises `LaunchError`."""
+        url = f"{self._url}/status"
+        fleet = _parse(await _get(self._http, url, "the router"), _Fleet, url)
+        return any(each.live and (each.worker, each.epoch) == (worker, epoch) for each in fleet.workers)
 
     async def record(self, request: str) -> RequestRecord:
         """Where the time of a request went, so far as the router knows; by the answer's id, or by the X-Request-Id that
@@ -191,15 +224,16 @@ async def _get(http: aiohttp.ClientSession, url: str, who: str) -> bytes:
 
 
 def _required(status: int, body: bytes, url: str, who: str) -> bytes:
-    if status != 200:
+    if not 200 <= status < 300:
         raise LaunchError(f"{who} at {url} answered {status}")
     return body
 
 
-async def _ask(http: aiohttp.ClientSession, url: str, who: str) -> tuple[int, bytes]:
-    """Status and body. Raises `LaunchError` if nobody answers."""
+async def _ask(http: aiohttp.ClientSession, url: str, who: str, body: bytes | None = None) -> tuple[int, bytes]:
+    """Status and body of a GET, or with a `body` of a POST. Raises `LaunchError` if nobody answers."""
+    method = "GET" if body is None else "POST"
     try:
-        async with http.get(url, timeout=aiohttp.ClientTimeout(_PROBE_SECONDS)) as response:
+        async with http.request(method, url, data=body, timeout=aiohttp.ClientTimeout(_PROBE_SECONDS)) as response:
             return response.status, await response.read()
     except (aiohttp.ClientError, asyncio.TimeoutError) as error:
         raise LaunchError(f"{who} at {url} does not answer: {_reason(error)}") from error
