@@ -18,12 +18,14 @@ from cluster.metrics import RouterMetrics
 from cluster.model_files import resolve_model
 from cluster.process import forget_garbage
 from cluster.server_process import run_until_stopped
+from cluster.tasks import first_of
 from router.api.app import build_app
 from router.api.generation import GenerationApi
 from router.api.operations import OperationsApi
 from router.api.plan import Planner
 from router.break_even import BreakEvenPolicy
 from router.dispatch import Dispatcher
+from router.drain import Drain
 from router.fleet import Fleet
 from router.fleet_view import FleetView
 from router.policies import POLICIES, Policy
@@ -32,8 +34,8 @@ from router.text.model_text import ModelText, load_model_text
 
 log = get_logger(__name__)
 
-GRACE_SECONDS = 5.0
-"""How long requests under way may go on after SIGTERM."""
+SHUTDOWN_SECONDS = 1.0
+"""For the last bytes of answers that were cut off at the end of a drain."""
 
 
 class RouterServer:
@@ -78,10 +80,12 @@ class RouterServer:
         )
         keys = open_api_keys(config, topology.security, clock)
         self.application = build_app(self._generation, operations, self.metrics, config, keys)
+        self._drain = Drain()
+        self._drain.watch(self.application)
         limits = config.limits
         self._server = HttpServer(
             self.application,
-            GRACE_SECONDS,
+            SHUTDOWN_SECONDS,
             server_context(config.tls, "router.tls"),
             PortLimits(limits.connections, limits.header_bytes, limits.idle_seconds),
             handler_cancellation=True,
@@ -95,11 +99,19 @@ class RouterServer:
         return url
 
     async def run(self) -> None:
-        """Follows the fleet until cancelled."""
-        await self.fleet.run()
+        """Follows the fleet until it is cancelled, or drained."""
+        drained = self._drain.done(self._topology.router.drain_seconds)
+        await first_of(asyncio.ensure_future(self.fleet.run()), asyncio.ensure_future(drained))
+
+    def ask_drain(self) -> None:
+        """Refuses new requests, and leads to the end of `run` when those under way have ended, or have had their
+        time."""
+        self._generation.draining = True
+        self._drain.ask()
+        log.info("draining", in_flight=self.dispatcher.in_flight)
 
     async def stop(self) -> None:
-        """No new requests; those under way get `GRACE_SECONDS`, then they are cancelled."""
+        """Closes the port and all links; what is under way is cut off."""
         self._generation.draining = True
         await self._server.stop()
         await self.fleet.close()
@@ -114,14 +126,13 @@ def _policy(topology: Topology) -> Policy:
 
 
 async def serve(topology: Topology) -> None:
-    """Serves until SIGTERM or SIGINT. Raises `ConfigError` if the router can't start."""
+    """Serves until SIGTERM or SIGINT, and then drains. Raises `ConfigError` if the router can't start."""
     text = await asyncio.to_thread(load_model_text, resolve_model(topology.model.path))
     forget_garbage()
     async with ClusterSecurity(topology.security).session() as session:
         server = RouterServer(topology, text, session)
         try:
             await server.start()
-            await run_until_stopped(asyncio.create_task(server.run()))
-            log.info("stopping", in_flight=server.dispatcher.in_flight)
+            await run_until_stopped(asyncio.create_task(server.run()), leave=server.ask_drain)
         finally:
             await server.stop()

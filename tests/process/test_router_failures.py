@@ -11,7 +11,7 @@ from cluster.errors import ErrorInfo
 from cluster.layout import KVLayout
 from cluster.messages import AttemptStarted, Emitted, Fence, Load, Role, Tokens
 from tests.process.fake_worker import LAYOUT, Behaviour, FakeWorker
-from tests.process.router_house import MODEL, House, demo_text, pair
+from tests.process.router_house import MODEL, Bound, House, demo_text, pair
 
 BODY = {"model": MODEL, "prompt": "hello", "max_tokens": 8}
 ONE_ATTEMPT = Recovery(max_attempts=1)
@@ -254,19 +254,33 @@ async def test_a_slow_reader_stalls_nobody_and_still_gets_all(text):
         writer.close()
 
 
-async def test_stopping_lets_a_stream_finish_and_takes_nothing_new(text):
+async def test_a_draining_router_lets_a_stream_finish_and_refuses_what_is_new(text):
     gate = asyncio.Event()
     async with House(text, pair(None, Behaviour(gate=gate))) as house:
         asking = asyncio.create_task(house.events(max_tokens=4))
         await house.until(lambda: bool(house.workers["decode-0"].attempts))
-        stopping = asyncio.create_task(house.server.stop())
-        await asyncio.sleep(0)
-        with pytest.raises(aiohttp.ClientConnectionError):
-            async with aiohttp.ClientSession() as other:
-                await other.get(f"{house.url}/health")
+        house.server.ask_drain()
+        async with aiohttp.ClientSession() as newcomer:
+            for method, path in (("GET", "/health"), ("POST", "/v1/completions")):
+                async with newcomer.request(method, house.url + path, json=BODY) as response:
+                    assert (response.status, response.headers["Retry-After"]) == (503, "1")
+                    assert (await response.json())["error"]["code"] == "Draining"
+        assert not house.running.done()
         gate.set()
         assert (await asking)[-1] == "[DONE]"
-        await stopping
+        async with Bound():
+            await house.running
+
+
+async def test_a_drain_does_not_wait_for_ever(text):
+    async with House(text, pair(None, Behaviour(silent_from=1)), drain_seconds=0.05) as house:
+        asking = asyncio.create_task(house.events(max_tokens=4))
+        await house.until(lambda: bool(house.workers["decode-0"].attempts))
+        house.server.ask_drain()
+        async with Bound():
+            await house.running
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
 
 
 def test_layouts_of_these_tests_differ():
