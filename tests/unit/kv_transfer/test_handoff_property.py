@@ -1,8 +1,10 @@
 """Whatever happens in whatever order, a page never has two writers, and everything ends.
 
-A random walk over two workers: messages delayed, repeated, reordered and lost with their connection; writes held,
-failed, damaged, or landing late; cancels on both sides; prefill processes killed and replaced. The decode worker here
-reuses pages at the first chance, lowest number first, so that a page that came back too early is written twice.
+A random walk over two workers: messages delayed, repeated, reordered, lost alone or with their connection, or heard
+again from an earlier life; connections that one side alone sees break; writes held, failed, damaged, landing late or
+never ending; cancels on both sides; processes killed and replaced, some out of sight of the other's kernel. The decode
+worker here reuses pages at the first chance, lowest number first, so that a page that came back too early is written
+twice.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 
 from cluster.errors import ErrorInfo
-from cluster.messages import Fence, PeerMessage
+from cluster.messages import DeathAsked, DeathWitnessed, Fence, PeerMessage
 from kv_transfer.backends.base import WriteState
 from kv_transfer.receiver import HandoffFailed, KVArrived, OfferArrived
 from tests.unit.kv_transfer.world import LAYOUT, World, fence
@@ -47,6 +49,8 @@ class Walk:
 
         self.connected = False
         self.count = 0
+        self.ghosts: list[tuple[str, int, PeerMessage]] = []
+        """What was on a wire when it broke: (to whom, the speaker's epoch, message)."""
 
     # --- prefill -----------------------------------------------------------------------------------------------------
 
@@ -56,7 +60,7 @@ class Walk:
         if len(self.prefill.free) < pages:
             return
         self.count += 1
-        handoff = fence(f"r{self.count}", prefill=self.world.prefill_epoch)
+        handoff = fence(f"r{self.count}", prefill=self.world.prefill_epoch, decode=self.world.decode_epoch)
         taken, self.prefill.free = self.prefill.free[:pages], self.prefill.free[pages:]
         for page in taken:
             self.world.source.fill(page, self.count % 251 + 1)
@@ -95,10 +99,9 @@ class Walk:
     def kill_prefill(self) -> None:
         """Its process is gone, with all its writes; the successor has a new epoch."""
         world = self.world
-        world.dead.add(world.prefill_epoch)
+        self.random.choice([world.dead, world.dead_elsewhere]).add(world.prefill_epoch)
         world.fabric.held.clear()
-        world.to_decode.clear()
-        world.to_prefill.clear()
+        self._clear_wires()
         if self.connected and self.random.random() < 0.5:
             world.receiver.peer_down("prefill", world.prefill_epoch)
         world.prefill_epoch += 1
@@ -157,6 +160,17 @@ class Walk:
                     assert all(world.target.read(page) == expected for page in pages), "decoding from foreign KV"
                 self.free += pages
 
+    def kill_decode(self) -> None:
+        """Its process is gone, with its pages; the successor has a new epoch."""
+        world = self.world
+        self._clear_wires()
+        if self.connected and self.random.random() < 0.5:
+            world.sender.peer_down("decode", world.decode_epoch)
+        world.decode_epoch += 1
+        world.start_decode()
+        self.offers, self.leased, self.free = {}, {}, list(range(POOL))
+        self.connected = False
+
     # --- the network --------------------------------------------------------------------------------------------------
 
     def connect(self) -> None:
@@ -169,6 +183,58 @@ class Walk:
             return
         self.world.disconnect()
         self.connected = False
+
+    def half_break(self) -> None:
+        """One side alone notices."""
+        world = self.world
+        if not self.connected:
+            return
+        self._clear_wires()
+        if self.random.random() < 0.5:
+            world.sender.peer_down("decode", world.decode_epoch)
+        else:
+            world.receiver.peer_down("prefill", world.prefill_epoch)
+
+    def lose(self) -> None:
+        """One message, and nothing else."""
+        wire = self.random.choice([self.world.to_decode, self.world.to_prefill])
+        if wire:
+            wire.remove(self.random.choice(wire))
+
+    def haunt(self) -> None:
+        """A word that was thought lost, in its speaker's name or its successor's. Of another life, it is refused."""
+        if not self.ghosts:
+            return
+        world = self.world
+        to, epoch, message = self.random.choice(self.ghosts)
+        if to == "decode":
+            end, worker, present = world.receiver, "prefill", world.prefill_epoch
+        else:
+            end, worker, present = world.sender, "decode", world.decode_epoch
+        epoch = self.random.choice([epoch, present])
+        lives = (epoch, world.decode_epoch) if to == "decode" else (world.prefill_epoch, epoch)
+        fits = lives == (message.fence.prefill_epoch, message.fence.decode_epoch)
+        welcome = fits and end._peers.connected(worker, epoch)
+        before = sum(end.stale.values())
+        end.receive(worker, epoch, message)
+        assert welcome or sum(end.stale.values()) == before + 1
+
+    def _clear_wires(self) -> None:
+        world = self.world
+        for to, epoch, wire in (
+            ("decode", world.prefill_epoch, world.to_decode),
+            ("prefill", world.decode_epoch, world.to_prefill),
+        ):
+            said = [message for message in wire if not isinstance(message, DeathAsked | DeathWitnessed)]
+            self.ghosts += [(to, epoch, message) for message in said]
+        world.to_decode.clear()
+        world.to_prefill.clear()
+
+    def wait(self) -> None:
+        """Some seconds in which nothing happens, but for what time brings about."""
+        for _ in range(self.random.randint(1, 5)):
+            self.world.clock.advance(1.0)
+            self.world.prefill_port.run()
 
     def deliver_to_decode(self) -> None:
         if self.world.to_decode:
@@ -210,24 +276,41 @@ class Walk:
         assert sorted(owned) == list(range(POOL))
 
     def end(self) -> None:
-        """The network heals, the dead are dead: everything must end, and every page come home."""
+        """The network heals, the dead are dead, and everybody goes on, or gives up: everything must end by itself, and
+        every page come home."""
         world = self.world
         world.fabric.hold = False
         world.connect()
-        for _ in range(6):
+        giving_up = self.random.random() < 0.5
+        for _ in range(40):
             world.fabric.release()
-            for handoff in list(self.prefill.pages):
-                self.prefill.computed.pop(handoff, None)
-                world.sender.cancel(handoff, CANCELLED)
-            for handoff in list(self.offers):
-                self.offers.pop(handoff)
-                world.receiver.refuse(handoff, CANCELLED)
+            if giving_up:
+                self._give_up()
+            else:
+                self._go_on()
             self.step_prefill()
             world.deliver()
             self.step_decode(settle=True)
+            world.clock.advance(1.0)
         assert world.sender.active == world.receiver.active == 0
         assert world.receiver.quarantined == []
         assert sorted(self.free) == sorted(self.prefill.free) == list(range(POOL))
+
+    def _give_up(self) -> None:
+        for handoff in list(self.prefill.pages):
+            self.prefill.computed.pop(handoff, None)
+            self.world.sender.cancel(handoff, CANCELLED)
+        while self.offers:
+            self.refuse()
+
+    def _go_on(self) -> None:
+        for handoff in list(self.prefill.computed):
+            del self.prefill.computed[handoff]
+            tokens = self.prefill.tokens[handoff]
+            self.world.sender.computed(handoff, self.prefill.pages[handoff], tokens)
+            self.world.sender.finish(handoff, 7)
+        for _ in range(len(self.offers)):
+            self.grant()
 
     def _any(self, handoffs: Iterable[Fence]) -> Fence | None:
         found = list(handoffs)
@@ -250,6 +333,11 @@ WEIGHTS = {
     Walk.cancel_decode: 1,
     Walk.refuse: 1,
     Walk.kill_prefill: 1,
+    Walk.kill_decode: 1,
+    Walk.half_break: 1,
+    Walk.lose: 3,
+    Walk.haunt: 3,
+    Walk.wait: 3,
 }
 
 

@@ -88,22 +88,32 @@ class World:
         self.dead_elsewhere: set[int] = set()
         """Those whose death prefill's kernel proves."""
         self.digests = digests
+        self.pages = pages
         self.source = Pool(pages)
-        self.target = Pool(pages)
+        self.targets: list[Pool] = []
+        """Of all lives: no two may have the same addresses."""
         self.to_decode: deque[PeerMessage] = deque()
         self.to_prefill: deque[PeerMessage] = deque()
         self.prefill_epoch = PREFILL_EPOCH
-        self.decode_port = self._port("decode", self.target)
+        self.decode_epoch = DECODE_EPOCH
+        self.start_decode()
+        self.start_prefill()
+
+    def start_decode(self) -> None:
+        """A decode process, with a pool of its own; a second call is its successor, the one before is dead."""
+        self.fabric.alive.pop(f"decode-{self.decode_epoch - 1}", None)
+        self.target = Pool(self.pages)
+        self.targets.append(self.target)
+        self.decode_port = self._port(f"decode-{self.decode_epoch}", self.target)
         self.receiver = HandoffReceiver(
             self.decode_port,
             LAYOUT,
             lambda worker, epoch, message: self.to_prefill.append(message),
             self.clock,
-            digests,
-            epoch=DECODE_EPOCH,
+            self.digests,
+            epoch=self.decode_epoch,
             is_dead=lambda process: process.pid in self.dead,
         )
-        self.start_prefill()
 
     def start_prefill(self) -> None:
         """A prefill process; a second call is its successor."""
@@ -119,7 +129,7 @@ class World:
 
     def _port(self, agent: str, pool: Pool) -> InlinePort:
         backend = MemoryBackend(self.fabric, agent, pool.memory)
-        self.descriptor = backend.descriptor if agent == "decode" else self.descriptor
+        self.descriptor = backend.descriptor if pool is self.target else self.descriptor
         return InlinePort(TransferDriver(backend, PageDigests(pool.memory), self.clock))
 
     # --- the connection ----------------------------------------------------------------------------------------------
@@ -138,14 +148,14 @@ class World:
     def connect(self) -> None:
         self.to_decode.clear()
         self.to_prefill.clear()
-        self.sender.peer_up(self.hello(Role.DECODE, DECODE_EPOCH))
+        self.sender.peer_up(self.hello(Role.DECODE, self.decode_epoch))
         self.receiver.peer_up(self.hello(Role.PREFILL, self.prefill_epoch))
 
     def disconnect(self) -> None:
         """What is on the wire is lost."""
         self.to_decode.clear()
         self.to_prefill.clear()
-        self.sender.peer_down("decode", DECODE_EPOCH)
+        self.sender.peer_down("decode", self.decode_epoch)
         self.receiver.peer_down("prefill", self.prefill_epoch)
 
     def deliver_to_decode(self) -> PeerMessage:
@@ -156,7 +166,7 @@ class World:
     def deliver_to_prefill(self) -> PeerMessage:
         message = self.to_prefill.popleft()
         if not isinstance(message, DeathAsked):
-            self.sender.receive("decode", DECODE_EPOCH, message)
+            self.sender.receive("decode", self.decode_epoch, message)
         elif message.process.pid in self.dead_elsewhere:
             self.to_decode.append(DeathWitnessed(message.process))
         return message
