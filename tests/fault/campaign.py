@@ -63,7 +63,9 @@ class Campaign:
         outage: RouterOutage,
         watch: Watch,
         corpus: Sequence[int],
+        tell: Callable[[str], None],
     ) -> None:
+        """`corpus`: what prompts are cut from. `tell` hears of each fault, as it happens."""
         self.strikes: list[Strike] = []
         self._url = cluster.url
         self._session = session
@@ -72,6 +74,7 @@ class Campaign:
         self._watch = watch
         self._hands = Hands(cluster)
         self._corpus = corpus
+        self._tell = tell
         self._records: dict[str, RequestRecord] = {}
         """Of readings without a token, as last seen."""
 
@@ -131,7 +134,14 @@ class Campaign:
 
     def _note(self, fault: Fault, victim: str, aim: Aim | None) -> None:
         found = (None, None) if aim is None else (aim.moment, aim.reading.name)
-        self.strikes.append(Strike(fault, victim, time.monotonic(), *found))
+        strike = Strike(fault, victim, time.monotonic(), *found)
+        self.strikes.append(strike)
+        failed = len(self._crowd.failures)
+        where = "" if aim else ", which did not come"
+        self._tell(
+            f"{strike.at - self._crowd.begun:6.1f} s  fault {len(self.strikes)}: {fault}{where}: {victim}; "
+            f"{len(self._crowd.judged)} requests have ended, {failed} of them wrongly"
+        )
 
     async def _until(self, condition: Callable[[], Awaitable[bool]], what: str) -> None:
         deadline = time.monotonic() + WHOLE_SECONDS

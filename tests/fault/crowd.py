@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import aiohttp
 from tests.fault.answers import Answer, Verdict, judge
 from tests.fault.questions import Question
 from tests.fault.reading import Outage, Reading
+from tests.fault.watch import NO_OUTAGE
 
 
 class Judged(NamedTuple):
@@ -37,6 +39,8 @@ class Crowd:
     ) -> None:
         """`answers` are the right ones, by question."""
         self.judged: list[Judged] = []
+        self.begun = 0.0
+        """Of the monotonic clock, as all times of readings are."""
         self.open: list[Reading] = []
         """Being read now, oldest first."""
         self._session = session
@@ -54,6 +58,7 @@ class Crowd:
     @asynccontextmanager
     async def of(self, streams: int) -> AsyncIterator[None]:
         """They ask while the block runs; leaving it waits for what is still being answered."""
+        self.begun = time.monotonic()
         tasks = [asyncio.create_task(self._ask_on(number)) for number in range(streams)]
         try:
             yield
@@ -96,14 +101,9 @@ async def ask_in_peace(
     async def ask(question: Question) -> Answer:
         async with turn:
             reading = Reading(f"peace-{question.name}", question)
-            await reading.read(session, url, NoOutage())
+            await reading.read(session, url, NO_OUTAGE)
         assert reading.error is None, f"{question.name}: {reading.error}"
         return reading.answer
 
     answers = await asyncio.gather(*(ask(question) for question in questions))
     return {question.name: answer for question, answer in zip(questions, answers, strict=True)}
-
-
-class NoOutage:
-    def since(self, moment: float) -> bool:
-        return False

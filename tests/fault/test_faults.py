@@ -1,6 +1,5 @@
 """Any process may die, stall or be cut off at any moment, and every client gets its tokens, each once, in order."""
 
-import json
 import time
 
 import pytest
@@ -48,13 +47,11 @@ async def test_no_client_notices_a_fault(
         answers.update(await ask_in_peace(http, cluster.url, questions, STREAMS))
     outage, watch = RouterOutage(), Watch(http, cluster.url, cluster.bootstrap_url)
     crowd = Crowd(http, cluster.url, questions, answers, outage, fault_seed)
-    campaign = Campaign(cluster, http, crowd, outage, watch, corpus)
-    begun = time.monotonic()
+    campaign = Campaign(cluster, http, crowd, outage, watch, corpus, print)
     async with crowd.of(STREAMS):
         await campaign.play(plan_faults(fault_seed, fault_count, fault_kinds), fault_seed)
-    seconds = time.monotonic() - begun
-    records = {each.reading.name: await watch.record(each.reading) for each in crowd.judged}
-    records = {name: record for name, record in records.items() if record is not None}
+    seconds = time.monotonic() - crowd.begun
+    records = await watch.records(each.reading for each in crowd.judged)
     noticed = [
         delay
         for each in crowd.judged
@@ -62,8 +59,7 @@ async def test_no_client_notices_a_fault(
     ]
     interrupted = sum(was_interrupted(each.reading, records.get(each.reading.name)) for each in crowd.judged)
     results.append(summarize(transfer, seconds, STREAMS, crowd.judged, interrupted, campaign.strikes, noticed))
-    print(json.dumps({"strikes": len(campaign.strikes), "requests": len(crowd.judged), "interrupted": interrupted}))
-    assert not crowd.failures, tell(crowd.failures, records, campaign.strikes, begun)
+    assert not crowd.failures, tell(crowd.failures, records, campaign.strikes, crowd.begun)
     assert len(campaign.strikes) == fault_count
     cluster.wait_idle(REST_SECONDS)
     status = await watch.status()

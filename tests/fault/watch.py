@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 import aiohttp
 import msgspec
 
 from cluster.messages import Load, Role
 from tests.fault.plan import Lane, Moment
-from tests.fault.reading import Reading
+from tests.fault.reading import Outage, Reading
 
 PROBE_SECONDS = 2.0
 POLL_SECONDS = 0.1
@@ -92,6 +92,11 @@ class Watch:
         body = await self._get(f"{self._url}/v1/requests/{reading.name}")
         return None if body is None else msgspec.json.decode(body, type=RequestRecord)
 
+    async def records(self, readings: Iterable[Reading]) -> dict[str, RequestRecord]:
+        """By request; without those that this router does not know."""
+        found = {reading.name: await self.record(reading) for reading in readings}
+        return {name: record for name, record in found.items() if record is not None}
+
     async def members(self) -> set[str]:
         """The workers that bootstrap knows."""
         body = await self._get(f"{self._bootstrap_url}/workers")
@@ -136,3 +141,12 @@ class RouterOutage:
     def since(self, moment: float) -> bool:
         """Whether it was away at some time from `moment` on."""
         return self._away or self._last_end > moment
+
+
+class _NoOutage:
+    def since(self, moment: float) -> bool:
+        return False
+
+
+NO_OUTAGE: Final[Outage] = _NoOutage()
+"""Of a router that is there all the time."""
