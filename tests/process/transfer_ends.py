@@ -1,21 +1,25 @@
 """Both ends of a transfer as processes of their own, driven by a test through a pipe, call by call.
 
-Run as `python -m tests.process.transfer_ends FD`. The parent's half is `Remote`: `remote.call("method", ...)` runs the
-method of the child's `BackendEnd`, `SenderEnd` or `ReceiverEnd`, and raises here what it raised there.
+The parent's half is `Remote`: `remote.call("method", ...)` runs the method of the child's `BackendEnd`, `SenderEnd` or
+`ReceiverEnd`, and raises here what it raised there. Ends are forked from a process that has imported torch, as NIXL
+does: that takes seconds, and most of a minute in the emulated machine of `tests.rdma`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
+import multiprocessing
 import os
-import socket
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
+
+import pytest
 
 from cluster import messages, process_identity
 from cluster.clock import MonotonicClock
@@ -237,7 +241,7 @@ ENDS = {kind.__name__: kind for kind in (BackendEnd, SenderEnd, ReceiverEnd)}
 class Remote:
     """The parent's half. Made by `start`; `kill` or `close` in any case."""
 
-    def __init__(self, process: subprocess.Popen[bytes], connection: Connection) -> None:
+    def __init__(self, process: ForkServerProcess, connection: Connection) -> None:
         self.process = process
         self._connection = connection
 
@@ -250,14 +254,13 @@ class Remote:
     @classmethod
     def begin(cls, kind: type, transfer: str, *arguments: Any, environment: dict[str, str] | None = None) -> Remote:
         """Its first `answer`, None, comes when it is ready."""
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.process.transfer_ends", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, **backend_environment(TransferName(transfer)), **(environment or {})},
-            )
-            remote = cls(process, Connection(os.dup(ours.fileno())))
+        context = _forks()
+        ours, theirs = context.Pipe()
+        with theirs:
+            settings = {**backend_environment(TransferName(transfer)), **(environment or {})}
+            process = context.Process(target=serve, args=(theirs, settings))
+            process.start()
+        remote = cls(process, ours)
         remote.post(kind.__name__, transfer, *arguments)
         return remote
 
@@ -278,19 +281,33 @@ class Remote:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.join()
         self._connection.close()
 
     def close(self) -> None:
         """Ends it well, and checks that it went well."""
-        if self.process.poll() is None and not self._connection.closed:
+        if self.process.is_alive() and not self._connection.closed:
             self.call("close")
             self._connection.close()
-            assert self.process.wait(10) == 0, "a clean end"
+            self.process.join(10)
+            assert self.process.exitcode == 0, "a clean end"
 
 
-def serve(connection: Connection) -> None:
-    """The child's loop, until the parent hangs up."""
+@functools.cache
+def _forks() -> ForkServerContext:
+    """Starts the process from which the ends are forked. What they need on LD_LIBRARY_PATH they inherit from it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", __name__])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in backend_environment(TransferName.MOONCAKE).items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
+    return context
+
+
+def serve(connection: Connection, environment: dict[str, str]) -> None:
+    """The child's loop, until the parent hangs up. `environment` is there before an engine is loaded."""
+    os.environ.update(environment)
     kind, arguments = connection.recv()
     end = ENDS[kind](*arguments)
     connection.send(None)
@@ -311,7 +328,3 @@ def serve(connection: Connection) -> None:
         connection.send(result)
         if method == "close":
             return
-
-
-if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
