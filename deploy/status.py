@@ -9,13 +9,16 @@ from rich.text import Text
 
 from cluster.messages import MemberStatus
 
-_HEALTH_STYLES = {"ready": "green", "unready": "yellow", "silent": "red"}
+_HEALTH_STYLES = {"ready": "green", "unready": "yellow", "stalled": "red", "silent": "red"}
 
 
 def health(status: MemberStatus, lease_seconds: float) -> str:
-    """ready; unready: it takes no work by its own word; silent: no heartbeat for longer than a lease."""
+    """ready; unready: it takes no work by its own word; stalled: it makes no progress; silent: no heartbeat for longer
+    than a lease."""
     if status.age_seconds > lease_seconds:
         return "silent"
+    if status.load.stalled:
+        return "stalled"
     return "ready" if status.load.ready else "unready"
 
 

@@ -40,6 +40,7 @@ def test_the_last_event_and_the_last_error_of_a_log():
 def test_health_is_silence_before_readiness():
     assert health(member_status("prefill-0"), lease_seconds=3) == "ready"
     assert health(member_status("prefill-0", ready=False), lease_seconds=3) == "unready"
+    assert health(member_status("prefill-0", ready=False, stalled="hangs"), lease_seconds=3) == "stalled"
     assert health(member_status("prefill-0", ready=False, age_seconds=3.1), lease_seconds=3) == "silent"
 
 
