@@ -232,7 +232,7 @@ class Walk:
 
     def wait(self) -> None:
         """Some seconds in which nothing happens, but for what time brings about."""
-        for _ in range(self.random.randint(1, 5)):
+        for _ in range(self.random.choice([1, 2, 5, 20])):
             self.world.clock.advance(1.0)
             self.world.prefill_port.run()
 
@@ -281,6 +281,8 @@ class Walk:
         world = self.world
         world.fabric.hold = False
         world.connect()
+        if self.random.random() < 0.5:
+            self._clear_wires()  # no connection will be made again: what was lost is to be missed by somebody
         giving_up = self.random.random() < 0.5
         for _ in range(40):
             world.fabric.release()
@@ -327,7 +329,7 @@ WEIGHTS = {
     Walk.step_decode_slowly: 6,
     Walk.deliver_to_decode: 12,
     Walk.deliver_to_prefill: 12,
-    Walk.connect: 1,
+    Walk.connect: 8,
     Walk.disconnect: 1,
     Walk.cancel_prefill: 1,
     Walk.cancel_decode: 1,
@@ -335,8 +337,8 @@ WEIGHTS = {
     Walk.kill_prefill: 1,
     Walk.kill_decode: 1,
     Walk.half_break: 1,
-    Walk.lose: 3,
-    Walk.haunt: 3,
+    Walk.lose: 2,
+    Walk.haunt: 2,
     Walk.wait: 3,
 }
 
