@@ -497,6 +497,55 @@ def test_random_requests_and_cancels_leave_nothing_behind(pair):
     pair.assert_nothing_left()
 
 
+def disturb(pair: Pair, chance: random.Random) -> None:
+    """What peers have said is lost, repeated or overtaken; or all of it goes, with the connection."""
+    for wire in (pair.to_prefill, pair.to_decode):
+        said = [message for message in wire if isinstance(message, FromPeer)]
+        for message in said:
+            fate = chance.random()
+            if fate < 0.1:
+                wire.remove(message)
+            elif fate < 0.2:
+                wire.append(message)
+            elif fate < 0.3:
+                wire.rotate(1)
+    if chance.random() < 0.02:
+        pair.disconnect()
+    if chance.random() < 0.1:
+        pair.connect()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_the_network_does_every_leg_ends_and_what_is_told_is_right(tmp_path, seed):
+    pair = Pair(tiny_engine(tmp_path / "m"), tiny_engine(tmp_path / "m", pool_pages=48))
+    chance = random.Random(seed)
+    prompts: dict[Fence, list[int]] = {}
+    for number in range(40):
+        text = prompt(chance.randint(1, 60), seed=chance.randint(0, 10))
+        prompts[pair.request(f"r{number}", text, GREEDY)] = text
+        for _ in range(chance.randint(0, 6)):
+            disturb(pair, chance)
+            pair.turn()
+        if chance.random() < 0.1:
+            pair.cancel(chance.choice(list(prompts)))
+    pair.connect()
+    for _ in range(40):
+        pair.turn()
+        pair.clock.advance(1.0)
+    for fence in prompts:  # as a router does to the leg that is left
+        pair.cancel(fence)
+    pair.settle()
+    assert all(set(pair.ends(fence)) == {Role.PREFILL, Role.DECODE} for fence in prompts)
+    pair.assert_nothing_left()
+
+    whole = [fence for fence in prompts if getattr(pair.ends(fence)[Role.DECODE], "reason", "") is FinishReason.LENGTH]
+    assert len(whole) > 10, "most get through"
+    for fence in whole:
+        alone = pair.request(f"again {fence.request}", prompts[fence], GREEDY, legs="decode")
+        pair.settle()
+        assert pair.tokens(fence) == pair.tokens(alone)
+
+
 def test_closing_ends_the_transfer_thread(pair):
     pair.prefill.close()
     pair.decode.close()
