@@ -64,6 +64,7 @@ from router.request_state import (
     Placed,
     Release,
     RequestMachine,
+    RequestState,
     StopMatched,
     TokensArrived,
     WorkerKey,
@@ -78,6 +79,8 @@ class ChoiceSpec(NamedTuple):
     prompt: list[int]
     sampling: Sampling
     priority: int = 0
+    output: Sequence[int] = ()
+    """Tokens that the client has already, fewer than there are: they are computed, and not given again."""
 
 
 class Delivered(NamedTuple):
@@ -111,9 +114,7 @@ class _Choice:
         self.index = index
         self.trace = trace
         self.generation = generation
-        self.machine = RequestMachine(trace.id, spec.prompt, spec.sampling, spec.priority, recovery)
-        self.need = Need(len(spec.prompt), spec.sampling.max_tokens)
-        """Of the attempt under way."""
+        self.machine = RequestMachine(trace.id, spec.prompt, spec.sampling, spec.priority, recovery, spec.output)
         self.legs: dict[WorkerKey, Role] = {}
         """Where its legs are under way."""
         self.wait: asyncio.TimerHandle | None = None
@@ -121,6 +122,8 @@ class _Choice:
         self.prefilling_at: WorkerKey | None = None
         """Where its prompt is being computed."""
         self._spec = spec
+        self.need = self.need_again()
+        """Of the attempt under way."""
 
     def need_again(self) -> Need:
         """Of its next attempt, which computes what the client got before it goes on."""
@@ -139,6 +142,7 @@ class Generation:
         self._mailbox: list[ChoiceEvent] = []
         self._mail = asyncio.Event()
         self._deadline: asyncio.TimerHandle | None = None
+        self.specs = specs
         self.choices = [
             _Choice(index, spec, trace, self, recovery)
             for index, (spec, trace) in enumerate(zip(specs, traces, strict=True))
@@ -148,6 +152,16 @@ class Generation:
     def recoveries(self) -> int:
         """How often a choice went on as another attempt, so far."""
         return sum(max(0, choice.trace.attempts - 1) for choice in self.choices)
+
+    @property
+    def finished(self) -> bool:
+        """All choices have come to their proper end."""
+        return all(choice.machine.state is RequestState.FINISHED for choice in self.choices)
+
+    @property
+    def outputs(self) -> list[list[int]]:
+        """The tokens of each choice so far."""
+        return [list(choice.machine.output) for choice in self.choices]
 
     async def events(self) -> list[ChoiceEvent]:
         """All that has happened since the last call; waits for something to happen."""
@@ -293,7 +307,8 @@ class Dispatcher:
                 trace.started_at = self._clock.now()
             # Later attempts find what the first one computed: that is no saving of this request's.
             if trace.attempts == 1:
-                trace.cached_tokens = max(trace.cached_tokens, message.cached_tokens)
+                cached = min(message.cached_tokens, trace.prompt_tokens)
+                trace.cached_tokens = max(trace.cached_tokens, cached)
             if message.role is Role.DECODE:
                 self._tell_breaker(trace.decode_worker, message.role, LegProved(message.fence))
             self.handle(choice, LegStarted(message.role))

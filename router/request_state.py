@@ -25,6 +25,7 @@ died, stalled, failed, drained or retracted. An attempt that had given its last 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import ClassVar, Union
 
@@ -257,7 +258,9 @@ class RequestMachine(StateMachine[Action]):
         sampling: Sampling,
         priority: int = 0,
         recovery: Recovery = DEFAULT_RECOVERY,
+        output: Sequence[int] = (),
     ) -> None:
+        """`output`: tokens that the client has already, from a request that broke off."""
         super().__init__(request, RequestState.UNPLACED)
         self.fence: Fence | None = None
         self.timings = LegTimings()
@@ -265,9 +268,9 @@ class RequestMachine(StateMachine[Action]):
         self._sampling = sampling
         self._priority = priority
         self._attempt = 0
-        self._output: list[int] = []
+        self.output = list(output)
         """Tokens that went to the client: the ledger is complete up to here."""
-        self._resumed_at = 0
+        self._resumed_at = len(output)
         """How many of them earlier attempts gave."""
         self._workers: dict[Role, WorkerKey] = {}
         """Of this attempt, or of the last one."""
@@ -289,7 +292,7 @@ class RequestMachine(StateMachine[Action]):
     @property
     def delivered(self) -> int:
         """Tokens that went to the client."""
-        return len(self._output)
+        return len(self.output)
 
     # --- the beginning -----------------------------------------------------------------------------------------------
 
@@ -302,7 +305,7 @@ class RequestMachine(StateMachine[Action]):
         self._resumed_at, self._taken_over = self.delivered, False
         self._workers = {}
         self._budget.placed()
-        output = list(self._output)
+        output = list(self.output)
         actions: list[Action] = []
         # Decode first: it only makes a reservation, and then knows the fence before prefill's OFFER can come.
         if decode is not None:
@@ -343,7 +346,7 @@ class RequestMachine(StateMachine[Action]):
         while self.delivered in self._ahead:
             emitted = self._ahead.pop(self.delivered)
             tokens.append(emitted)
-            self._output.append(emitted.token)
+            self.output.append(emitted.token)
         if not tokens:
             return []
         if self.delivered > self._resumed_at + 1:
@@ -406,7 +409,7 @@ class RequestMachine(StateMachine[Action]):
 
     def _interrupted(self, error: BatonError | None, blame: Role | None, closing: list[Action]) -> list[Action]:
         """The next attempt goes on after the last token that the client got, if that was not the request's last."""
-        end = natural_end(self._output, self._sampling)
+        end = natural_end(self.output, self._sampling)
         if end is not None:
             return [*closing, *self._finish(end)]
         if error is None:

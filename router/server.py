@@ -65,7 +65,13 @@ class RouterServer:
         self.fleet.listen(self.dispatcher)
         planner = Planner(topology.served_model, text, config, self.fleet.limits, clock, self.metrics)
         self._generation = GenerationApi(
-            planner, self.dispatcher, text.table, self.metrics, clock, config.request_timeout_seconds
+            planner,
+            self.dispatcher,
+            text.table,
+            self.metrics,
+            clock,
+            config.request_timeout_seconds,
+            event_ids=config.event_ids,
         )
         operations = OperationsApi(
             self.router_id,

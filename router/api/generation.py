@@ -2,6 +2,10 @@
 
 A stream's status line waits for the first token: until then an error is a proper HTTP error. After it an error is an
 event of its own, and the stream ends without [DONE].
+
+A client that names its request (X-Request-Id) gets events with ids, and can come back after a broken connection: it
+sends the same request again, to any router, with the last id that it got (Last-Event-ID), and gets what follows. No
+router needs to remember anything for that: the same tokens come out again. One that does remember saves their decoding.
 """
 
 from __future__ import annotations
@@ -9,27 +13,36 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import msgspec
 from aiohttp import web
 
 from cluster.clock import Clock
-from cluster.errors import BatonError, Draining
+from cluster.errors import BatonError, Draining, InvalidRequest
 from cluster.metrics import RouterMetrics
+from router.api.cursor import HEADER as LAST_EVENT_ID
+from router.api.cursor import Cursor
 from router.api.decoding import read_request
 from router.api.errors import error_body
-from router.api.exchange import Exchange
+from router.api.exchange import Exchange, Progress
 from router.api.formats import Answer, ChatFormat, CompletionFormat, FinishText, Format, Heading
-from router.api.identity import REQUEST_ID, unique_id
+from router.api.identity import HEADER as REQUEST_ID_HEADER
+from router.api.identity import NAMED, REQUEST_ID, unique_id
 from router.api.outcome import Outcome
 from router.api.plan import Plan, Planner
 from router.api.requests import ChatCompletionRequest, CompletionRequest
-from router.dispatch import Dispatcher
+from router.api.unfinished import UnfinishedStreams
+from router.dispatch import ChoiceSpec, Dispatcher
 from router.text.output import ChoiceOutput, Delta
 from router.text.token_table import TokenTable
 
 STUCK_SECONDS = 5.0
 """A client that has read nothing for so long after its request's deadline loses its connection."""
+
+RECOVERIES = "X-Baton-Recoveries"
+"""How often the answer went on elsewhere, where it did. A stream whose headers are out says it in a comment at its end:
+clients ignore what they don't understand there."""
 
 _STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -49,6 +62,8 @@ class GenerationApi:
         metrics: RouterMetrics,
         clock: Clock,
         timeout_seconds: float,
+        *,
+        event_ids: bool,
     ) -> None:
         self._planner = planner
         self._dispatcher = dispatcher
@@ -56,6 +71,8 @@ class GenerationApi:
         self._metrics = metrics
         self._clock = clock
         self._timeout_seconds = timeout_seconds
+        self._event_ids = event_ids
+        self._unfinished = UnfinishedStreams()
         self._encoder = msgspec.json.Encoder()
         self.draining = False
         """No new requests; those under way go on."""
@@ -64,14 +81,14 @@ class GenerationApi:
         arrived = self._clock.now()
         with self._counted("chat", request) as outcome:
             self._require_open()
-            plan = await self._planner.chat(await read_request(request, ChatCompletionRequest))
+            plan = await self._planner.chat(await read_request(request, ChatCompletionRequest), request[REQUEST_ID])
             return await self._answer(request, plan, ChatFormat(), arrived, outcome)
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
         arrived = self._clock.now()
         with self._counted("completions", request) as outcome:
             self._require_open()
-            plan = await self._planner.completion(await read_request(request, CompletionRequest))
+            plan = await self._planner.completion(await read_request(request, CompletionRequest), request[REQUEST_ID])
             return await self._answer(request, plan, CompletionFormat(), arrived, outcome)
 
     def _require_open(self) -> None:
@@ -84,19 +101,23 @@ class GenerationApi:
     async def _answer(
         self, request: web.Request, plan: Plan, form: Format, arrived: float, outcome: Outcome
     ) -> web.StreamResponse:
-        request_id = unique_id(form.prefix, request[REQUEST_ID])
-        generation = self._dispatcher.begin(
-            request_id, request[REQUEST_ID], plan.choices, arrived, plan.tokenize_seconds
-        )
+        name = request[REQUEST_ID]
+        request_id = unique_id(form.prefix, name)
+        cursor = _cursor(request, plan)
+        choices: Sequence[ChoiceSpec] = plan.choices
+        if cursor is not None:
+            choices = _shortened(choices, cursor, await self._unfinished.take(name, choices))
+        generation = self._dispatcher.begin(request_id, name, choices, arrived, plan.tokenize_seconds)
         # At the deadline the exchange ends by itself; only a write that waits for the client does not.
         transport = request.transport
         stuck = asyncio.get_running_loop().call_later(
             self._timeout_seconds + STUCK_SECONDS, lambda: transport.abort() if transport is not None else None
         )
-        exchange = Exchange(plan, generation, self._outputs(plan, form), self._heading(plan, request_id))
+        exchange = Exchange(plan, generation, self._outputs(plan, form), self._heading(plan, request_id), cursor)
         try:
             if plan.stream:
-                return await self._stream(request, exchange, form, outcome)
+                with self._unfinished.telling(name, plan.choices, generation) if request[NAMED] else nullcontext():
+                    return await self._stream(request, exchange, form, outcome)
             return await self._whole(exchange, form)
         finally:
             stuck.cancel()
@@ -133,25 +154,26 @@ class GenerationApi:
             for parts, finish, choice in zip(deltas, finishes, exchange.plan.choices, strict=True)
         ]
         body = self._encoder.encode(form.whole(exchange.heading, answers, exchange.usage()))
-        return web.Response(body=body, content_type="application/json")
+        headers = {RECOVERIES: str(exchange.recoveries)} if exchange.recoveries else None
+        return web.Response(body=body, content_type="application/json", headers=headers)
 
     async def _stream(
         self, request: web.Request, exchange: Exchange, form: Format, outcome: Outcome
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers=_STREAM_HEADERS)
-        heading = exchange.heading
-        opened: set[int] = set()
+        heading, cursor = exchange.heading, exchange.cursor
+        ids = self._event_ids and request[NAMED]
         try:
             async for news in exchange.progress():
-                events = []
-                for new in news:
-                    opening = form.opening(heading, new.choice) if new.choice not in opened else None
-                    opened.add(new.choice)
-                    if opening is not None:
-                        events.append(self._event(opening))
-                    events.append(self._event(form.chunk(heading, new.choice, new.delta, new.finish)))
-                await self._write(request, response, b"".join(events))
-            ending = self._event(form.usage_chunk(heading, exchange.usage())) if heading.usage else b""
+                if exchange.recoveries and not response.prepared:
+                    response.headers[RECOVERIES] = str(exchange.recoveries)
+                await self._write(request, response, self._news(form, exchange, news, ids=ids))
+            ending = b""
+            if heading.usage and not cursor.usage_told:
+                cursor.usage_told = True
+                ending = self._event(form.usage_chunk(heading, exchange.usage()), cursor if ids else None)
+            if exchange.recoveries:
+                ending += f": {RECOVERIES}: {exchange.recoveries}\n\n".encode()
             await self._write(request, response, ending + b"data: [DONE]\n\n")
         except BatonError as error:
             if not response.prepared:
@@ -161,14 +183,54 @@ class GenerationApi:
         await response.write_eof()
         return response
 
+    def _news(self, form: Format, exchange: Exchange, news: list[Progress], *, ids: bool) -> bytes:
+        """What is new, as events."""
+        heading, cursor = exchange.heading, exchange.cursor
+        events = []
+        for new in news:
+            opening = None if cursor.marks[new.choice].begun else form.opening(heading, new.choice)
+            if opening is not None:
+                cursor.tell(new.choice, 0, finished=False)
+                events.append(self._event(opening, cursor if ids else None))
+            cursor.tell(new.choice, new.tokens, finished=new.finish is not None)
+            chunk = form.chunk(heading, new.choice, new.delta, new.finish)
+            events.append(self._event(chunk, cursor if ids else None))
+        return b"".join(events)
+
     async def _write(self, request: web.Request, response: web.StreamResponse, data: bytes) -> None:
         """Waits while the client is slow; the choices' events wait in their mailbox meanwhile."""
         if not response.prepared:
             await response.prepare(request)
         await response.write(data)
 
-    def _event(self, body: msgspec.Struct) -> bytes:
-        return b"data: " + self._encoder.encode(body) + b"\n\n"
+    def _event(self, body: msgspec.Struct, cursor: Cursor | None = None) -> bytes:
+        id_line = b"" if cursor is None else f"id: {cursor}\n".encode()
+        return id_line + b"data: " + self._encoder.encode(body) + b"\n\n"
+
+
+def _cursor(request: web.Request, plan: Plan) -> Cursor | None:
+    """Where the client wants to go on, if it does. Raises `InvalidRequest`."""
+    last = request.headers.get(LAST_EVENT_ID)
+    if last is None:
+        return None
+    if not plan.stream:
+        raise InvalidRequest(f"{LAST_EVENT_ID}: only a stream can be gone on with (stream: true)", param=LAST_EVENT_ID)
+    if not request[NAMED]:
+        raise InvalidRequest(
+            f"{LAST_EVENT_ID}: needs the {REQUEST_ID_HEADER} of the request that it goes on with", param=LAST_EVENT_ID
+        )
+    return Cursor.parse(last.strip(), [choice.sampling.max_tokens for choice in plan.choices])
+
+
+def _shortened(choices: Sequence[ChoiceSpec], cursor: Cursor, outputs: list[list[int]] | None) -> Sequence[ChoiceSpec]:
+    """The choices without what the client has and we still know: all of it but the last token, so that there is one to
+    come, and with it the end, if that was the last."""
+    if outputs is None or any(mark.finished for mark in cursor.marks):
+        return choices
+    return [
+        choice._replace(output=output[: max(0, min(mark.tokens, len(output)) - 1)])
+        for choice, mark, output in zip(choices, cursor.marks, outputs, strict=True)
+    ]
 
 
 def _joined(deltas: Sequence[Delta]) -> Delta:

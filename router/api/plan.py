@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from cluster.config import Router
 from cluster.errors import InvalidRequest, ModelNotFound, PromptTooLong
 from cluster.messages import Sampling
 from cluster.metrics import RouterMetrics
+from router.api.identity import seed_of
 from router.api.requests import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
 from router.dispatch import ChoiceSpec
 from router.fleet_view import FleetLimits
@@ -67,8 +67,9 @@ class Planner:
         size = self._text.context_length
         return self._limits() or FleetLimits(size, self._text.vocab_size, size)
 
-    async def chat(self, request: ChatCompletionRequest) -> Plan:
-        """Raises `ModelNotFound`, `InvalidRequest` or `PromptTooLong`."""
+    async def chat(self, request: ChatCompletionRequest, name: str) -> Plan:
+        """`name` is the request's id, which gives the seed where the request has none. Raises `ModelNotFound`,
+        `InvalidRequest` or `PromptTooLong`."""
         self._require_model(request.model)
         if request.top_logprobs is not None and not request.logprobs:
             raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
@@ -84,10 +85,10 @@ class Planner:
 
         tokenized = await self._timed(tokenize, sum(len(message["content"]) for message in messages))
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        return self._plan(request, tokenized, logprobs, *_limit(request))
+        return self._plan(request, name, tokenized, logprobs, *_limit(request))
 
-    async def completion(self, request: CompletionRequest) -> Plan:
-        """Raises `ModelNotFound`, `InvalidRequest` or `PromptTooLong`."""
+    async def completion(self, request: CompletionRequest, name: str) -> Plan:
+        """As `chat`."""
         self._require_model(request.model)
         prompts = _prompts(request.prompt)
         self._require_choices(len(prompts), request.n)
@@ -106,7 +107,7 @@ class Planner:
 
         characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
         tokenized = await self._timed(tokenize, characters)
-        return self._plan(request, tokenized, request.logprobs, request.max_tokens, "max_tokens")
+        return self._plan(request, name, tokenized, request.logprobs, request.max_tokens, "max_tokens")
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
@@ -132,11 +133,17 @@ class Planner:
         return _Tokenized(prompts, seconds)
 
     def _plan(
-        self, request: GenerationRequest, tokenized: _Tokenized, logprobs: int | None, limit: int | None, field: str
+        self,
+        request: GenerationRequest,
+        name: str,
+        tokenized: _Tokenized,
+        logprobs: int | None,
+        limit: int | None,
+        field: str,
     ) -> Plan:
         n = request.n or 1
         self._require_choices(len(tokenized.prompts), n)
-        seed = secrets.randbits(63) if request.seed is None else request.seed
+        seed = seed_of(name) if request.seed is None else request.seed
         choices = []
         for prompt in tokenized.prompts:
             if not prompt:

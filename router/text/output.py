@@ -64,16 +64,17 @@ class ChoiceOutput:
         """The next token; ignored after a stop string."""
         if self.stopped:
             return
-        self.tokens += 1
-        self._token_ids.append(emitted.token)
         if emitted.logprobs is not None:
             top = [(token, self._bytes(token), _finite(logprob)) for token, logprob in emitted.logprobs.top]
             chosen = _finite(emitted.logprobs.chosen)
             self._infos.append(TokenInfo(emitted.token, self._bytes(emitted.token), chosen, top, self._characters))
-        # A stop token ends the choice; it has no text, whatever it stands for.
-        text = "" if emitted.token in self._stop_token_ids else self._detokenizer.push(emitted.token)
-        self._characters += len(text)
-        self._show(text)
+        self._add(emitted.token)
+
+    def skip(self, tokens: Iterable[int]) -> None:
+        """The next tokens, of which all that can be shown was shown already."""
+        for token in tokens:
+            self._add(token)
+        self.take()
 
     def end(self) -> None:
         """No more tokens: what was held back, for a stop string or for the rest of a character, is text after all."""
@@ -87,6 +88,14 @@ class ChoiceOutput:
         delta = Delta("".join(self._text), self._infos, self._token_ids)
         self._text, self._infos, self._token_ids = [], [], []
         return delta
+
+    def _add(self, token: int) -> None:
+        self.tokens += 1
+        self._token_ids.append(token)
+        # A stop token ends the choice; it has no text, whatever it stands for.
+        text = "" if token in self._stop_token_ids else self._detokenizer.push(token)
+        self._characters += len(text)
+        self._show(text)
 
     def _show(self, text: str) -> None:
         if text:

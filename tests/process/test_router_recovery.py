@@ -62,10 +62,10 @@ async def metrics_of(house: House) -> str:
 
 
 FAULTS = {
-    "dies": Behaviour(dies_at=3),
-    "fails": Behaviour(fails_at=3),
-    "drains": Behaviour(fails_at=3, error=ErrorInfo("Draining", "this worker is leaving")),
-    "was restarted": Behaviour(fails_at=3, error=ErrorInfo("StaleFence", "this is another life")),
+    "dies": {"dies_at": 3},
+    "fails": {"fails_at": 3},
+    "drains": {"fails_at": 3, "error": ErrorInfo("Draining", "this worker is leaving")},
+    "was restarted": {"fails_at": 3, "error": ErrorInfo("StaleFence", "this is another life")},
 }
 
 
@@ -73,9 +73,10 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_stream_outlives_its_decode_worker(text, fault, path):
     body = {"messages": [{"role": "user", "content": "hello"}]} if "chat" in path else {}
-    workers = two_and_two(d0=FAULTS[fault], d1=FAULTS[fault])
-    async with House(text, workers, recovery=SOON) as house:
-        chunks = await whole_stream(house, path, **body)
+    gate = asyncio.Event()
+    behaviour = Behaviour(gate=gate, **FAULTS[fault])
+    async with House(text, two_and_two(d0=behaviour, d1=behaviour), recovery=SOON) as house:
+        chunks = await whole_stream(house, path, once_begun=gate.set, **body)
         record = await record_of(house, chunks)
         first, second = record["history"]
         assert (first["tokens"], second["tokens"]) == (3, 5)
