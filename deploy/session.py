@@ -141,6 +141,8 @@ class Session:
         return f"{headline}\nthe end of its log:\n{quoted}"
 
     def _headline(self, end: ProcessExit) -> str:
+        if end.code < 0:  # it had no time for words: what its log has last is of something else
+            return str(end)
         reason = last_error(self._launcher.log_tail(end.name, _LAST_WORDS))
         return f"{end}: {reason}" if reason else str(end)
 

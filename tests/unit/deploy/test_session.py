@@ -100,6 +100,7 @@ async def test_what_dies_later_is_started_anew_and_told_with_its_reason():
     scene.launcher.write("decode-0", '{"event":"stopped","error":"out of memory"}')
     scene.launcher.die("decode-0", 1)
     assert await scene.starts(1) == ["decode-0"]
+    scene.launcher.write("router", '{"event":"attempt failed","error":"of a worker, long ago"}')
     scene.launcher.die("router", -9)
     assert await scene.starts(2) == ["decode-0", "router"]
     assert scene.told == [
