@@ -117,17 +117,13 @@ class Campaign:
         )
 
     async def _strike_house(self, fault: Fault) -> None:
-        members = await self._watch.members()
         aim = await self._aim(fault.moment, Role.DECODE, random.Random(0))
-        victim = HOUSEHOLD[fault.kind]
         if fault.kind is Kind.KILL_ROUTER:
             self._outage.begins()
+        victim = HOUSEHOLD[fault.kind]
         self._note(fault, victim, aim)
         await self._hands.strike(fault.kind, victim)
-
-        async def back() -> bool:
-            return await self._watch.serves() and await self._watch.members() >= members
-
+        back = self._watch.serves if fault.kind is Kind.KILL_ROUTER else self._watch.knows_all
         await self._until(back, f"{victim} is back after {fault}")
         if fault.kind is Kind.KILL_ROUTER:
             self._outage.ends()

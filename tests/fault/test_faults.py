@@ -5,7 +5,7 @@ import time
 import pytest
 
 from bench.cluster import Cluster
-from tests.fault.campaign import Campaign
+from tests.fault.campaign import Campaign, NotWhole
 from tests.fault.crowd import Crowd, ask_in_peace
 from tests.fault.delays import delays
 from tests.fault.plan import plan_faults
@@ -48,8 +48,12 @@ async def test_no_client_notices_a_fault(
     outage, watch = RouterOutage(), Watch(http, cluster.url, cluster.bootstrap_url)
     crowd = Crowd(http, cluster.url, questions, answers, outage, fault_seed)
     campaign = Campaign(cluster, http, crowd, outage, watch, corpus, print)
+    not_whole = None
     async with crowd.of(STREAMS):
-        await campaign.play(plan_faults(fault_seed, fault_count, fault_kinds), fault_seed)
+        try:
+            await campaign.play(plan_faults(fault_seed, fault_count, fault_kinds), fault_seed)
+        except NotWhole as error:
+            not_whole = error
     seconds = time.monotonic() - crowd.begun
     records = await watch.records(each.reading for each in crowd.judged)
     noticed = [
@@ -60,6 +64,7 @@ async def test_no_client_notices_a_fault(
     interrupted = sum(was_interrupted(each.reading, records.get(each.reading.name)) for each in crowd.judged)
     results.append(summarize(transfer, seconds, STREAMS, crowd.judged, interrupted, campaign.strikes, noticed))
     assert not crowd.failures, tell(crowd.failures, records, campaign.strikes, crowd.begun)
+    assert not_whole is None, not_whole
     assert len(campaign.strikes) == fault_count
     cluster.wait_idle(REST_SECONDS)
     status = await watch.status()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
 import aiohttp
 import msgspec
@@ -97,11 +97,13 @@ class Watch:
         found = {reading.name: await self.record(reading) for reading in readings}
         return {name: record for name, record in found.items() if record is not None}
 
-    async def members(self) -> set[str]:
-        """The workers that bootstrap knows."""
-        body = await self._get(f"{self._bootstrap_url}/workers")
-        found: list[Mapping[str, Any]] = [] if body is None else msgspec.json.decode(body)["workers"]
-        return {each["member"]["worker"] for each in found}
+    async def knows_all(self) -> bool:
+        """Whether bootstrap knows every worker that the router uses."""
+        body, status = await self._get(f"{self._bootstrap_url}/workers"), await self.status()
+        if body is None or status is None:
+            return False
+        members = {each["member"]["worker"] for each in msgspec.json.decode(body)["workers"]}
+        return bool(members) and members >= {each.worker for each in status.workers if each.live}
 
     async def serves(self) -> bool:
         """Whether the router would take a request now."""
