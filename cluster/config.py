@@ -56,6 +56,17 @@ class TransferName(str, Enum):
     MOONCAKE = "mooncake"
 
 
+class Network(str, Enum):
+    """What pages travel by from host to host. Within a host an engine may know a shorter way."""
+
+    AUTO = "auto"
+    """RDMA if a device is up, else TCP."""
+    RDMA = "rdma"
+    """RDMA; a worker that finds no device, or whose engine does not open it, does not start."""
+    TCP = "tcp"
+    """TCP, even where there are RDMA devices."""
+
+
 class PolicyName(str, Enum):
     LEAST_LOAD = "least_load"
     ROUND_ROBIN = "round_robin"
@@ -106,6 +117,10 @@ class KV(Section, frozen=True):
     pool_tokens: Positive = 65536
     """Capacity of one worker's pool."""
     transfer: TransferName = TransferName.NIXL
+    network: Network = Network.AUTO
+    rdma_devices: list[Text] = []
+    """With `network: rdma`, the devices to use, by their names in /sys/class/infiniband (mlx5_0); by default all that
+    are up."""
     verify_digests: bool = True
     """Decode checks each page's digest before it reads from it."""
     prefix_cache: bool = True
@@ -262,7 +277,7 @@ class Worker(Section, frozen=True):
     drain_seconds: Seconds = 30.0
     """After SIGTERM or `baton drain`: how long requests under way may take to finish. What is left then goes back to
     its router, which goes on with it elsewhere."""
-    stall_limit_seconds: Seconds = 60.0
+    stall_limit_seconds: Seconds = 120.0
     """An engine process that has made no progress for so long is killed and started anew, and `/live` says 503 until
     then. (It is not ready, and gets no new work, after less than three heartbeats.)"""
 

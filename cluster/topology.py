@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from cluster.config import Decode, Prefill, Topology
+from cluster.config import Decode, Network, Prefill, Topology
 from cluster.errors import ConfigError
 from cluster.settings import Settings, build, read_override, read_yaml
 
@@ -63,6 +63,8 @@ class _Checks:
         kv = topology.kv
         if kv.pool_tokens < kv.page_size:
             raise self._error("kv.pool_tokens", f"{kv.pool_tokens} tokens don't fill one page of {kv.page_size}")
+        if kv.rdma_devices and kv.network is not Network.RDMA:
+            raise self._error("kv.rdma_devices", f"only with kv.network=rdma, and that is {kv.network.value}")
 
     def cores(self, name: str, pool: Prefill | Decode) -> None:
         key = f"{name}.cpus"

@@ -24,7 +24,7 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     engine = Engine(EngineConfig.from_topology(topology, section, threads=len(context.cores)), context.board.advance)
     speed = engine.warm_up()
     pool = PoolMemory(engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes)
-    backend = open_backend(topology.kv.transfer, f"{context.name}-{epoch}", pool, context.host)
+    backend = open_backend(topology.kv, f"{context.name}-{epoch}", pool, context.host)
     check = topology.kv.verify_digests
     digester = PageDigests(pool) if check else None
     thread = TransferThread(

@@ -10,11 +10,11 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from cluster.config import TransferName
+from cluster.config import KV, Network, TransferName
 
 DEFAULTS: Final[Mapping[TransferName, Mapping[str, str]]] = {
     TransferName.NIXL: {
@@ -53,6 +53,18 @@ def apply_defaults(name: TransferName) -> None:
     """The settings, for this process; before the engine is loaded. A library path would come too late."""
     for key, value in DEFAULTS[name].items():
         os.environ.setdefault(key, value)
+
+
+def apply_network(kv: KV, ports: Sequence[str]) -> None:
+    """UCX's choice of ways to a peer, for this process; before NIXL is loaded. `ports` as of `verbs.usable_ports`.
+
+    Ways within a host stay open, and those between a GPU and the rest.
+    """
+    if kv.network is Network.TCP:
+        os.environ.setdefault("UCX_TLS", "^ib")
+    elif kv.network is Network.RDMA:
+        os.environ.setdefault("UCX_TLS", "^tcp")
+        os.environ.setdefault("UCX_NET_DEVICES", ",".join(ports))
 
 
 def library_path() -> Path | None:

@@ -13,7 +13,6 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -45,10 +44,10 @@ class MooncakeWrite:
 class _Channel:
     """Our way to one peer: an engine, and the thread that waits for its writes, in order."""
 
-    def __init__(self, host: str, pool: PoolMemory, remote: PoolDescriptor, peer: str) -> None:
+    def __init__(self, host: str, pool: PoolMemory, devices: Sequence[str], remote: PoolDescriptor, peer: str) -> None:
         self.remote = remote
         self._pool = pool
-        self._engine = _open_engine(host, pool)
+        self._engine = _open_engine(host, pool, devices)
         self._connected = False
         self._writes: SimpleQueue[MooncakeWrite | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"mooncake {peer}", daemon=True)
@@ -97,17 +96,18 @@ class _Channel:
 
 
 class MooncakeBackend:
-    """A `TransferBackend`. `host` is the address at which peers reach us.
+    """A `TransferBackend`. `host` is the address at which peers reach us, `devices` the RDMA devices to use, if any.
 
     Raises `ConfigError` if Mooncake is not installed or can't be loaded.
     """
 
     name = "mooncake"
 
-    def __init__(self, host: str, pool: PoolMemory) -> None:
+    def __init__(self, host: str, pool: PoolMemory, devices: Sequence[str] = ()) -> None:
         self._host = host
         self._pool = pool
-        self._engine = _open_engine(host, pool)
+        self._devices = devices
+        self._engine = _open_engine(host, pool, devices)
         self._channels: dict[str, _Channel] = {}
         self.descriptor = PoolDescriptor(
             self.name,
@@ -121,7 +121,7 @@ class MooncakeBackend:
     def connect(self, peer: str, descriptor: bytes) -> None:
         remote = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self._pool.page_bytes)
         self.disconnect(peer)
-        self._channels[peer] = _Channel(self._host, self._pool, remote, peer)
+        self._channels[peer] = _Channel(self._host, self._pool, self._devices, remote, peer)
 
     def disconnect(self, peer: str) -> None:
         channel = self._channels.pop(peer, None)
@@ -152,21 +152,18 @@ class MooncakeBackend:
         self._engine = None
 
 
-def _open_engine(host: str, pool: PoolMemory) -> Any:
+def _open_engine(host: str, pool: PoolMemory, devices: Sequence[str]) -> Any:
     """A started engine with the pool registered."""
     engine = _import_engine().TransferEngine()
     # "rdma" is TCP where there is no NIC, but says so only in its log; where there is none we ask for TCP outright.
-    protocol = "rdma" if _has_nic() else "tcp"
-    if engine.initialize(host, "P2PHANDSHAKE", protocol, "") != 0:
+    if engine.initialize(host, "P2PHANDSHAKE", "rdma" if devices else "tcp", ",".join(devices)) != 0:
         raise ConfigError(f"kv.transfer: mooncake can't start on {host}")
     if engine.register_memory(pool.address, pool.total_bytes) != 0:
-        raise ConfigError(f"kv.transfer: mooncake can't register {pool.total_bytes} bytes of {pool.device} memory")
+        raise ConfigError(
+            f"kv.transfer: mooncake can't register {pool.total_bytes} bytes of {pool.device} memory; for RDMA, the "
+            "limit of locked memory (ulimit -l) must allow them"
+        )
     return engine
-
-
-def _has_nic() -> bool:
-    devices = Path("/sys/class/infiniband")
-    return devices.is_dir() and any(devices.iterdir())
 
 
 def _import_engine() -> Any:

@@ -23,7 +23,7 @@ import pytest
 
 from cluster import messages, process_identity
 from cluster.clock import MonotonicClock
-from cluster.config import TransferName
+from cluster.config import KV, TransferName
 from cluster.errors import BatonError, ErrorInfo, from_info
 from cluster.layout import KVLayout
 from cluster.messages import Fence, PeerHello, PeerMessage, Role
@@ -61,7 +61,7 @@ class BackendEnd:
 
     def __init__(self, transfer: str, agent: str, pages: int, page_bytes: int) -> None:
         self.pool = SharedPool(pages, page_bytes)
-        self.backend = open_backend(TransferName(transfer), agent, self.pool.memory, "127.0.0.1")
+        self.backend = open_backend(KV(transfer=TransferName(transfer)), agent, self.pool.memory, "127.0.0.1")
         self._writes: list[WriteHandle] = []
 
     def idle(self) -> None:
@@ -117,7 +117,7 @@ class _ShellEnd:
         self.layout = KVLayout(**layout)
         self.epoch = epoch
         self.pool = SharedPool(pages, self.layout.page_bytes)
-        self.backend = open_backend(TransferName(transfer), self.role.value, self.pool.memory, "127.0.0.1")
+        self.backend = open_backend(KV(transfer=TransferName(transfer)), self.role.value, self.pool.memory, "127.0.0.1")
         self.clock = MonotonicClock()
         self.woken = threading.Event()
         self.oldest: float | None = None

@@ -108,12 +108,16 @@ def test_a_mistake_in_the_file_is_pointed_at(write, text, message):
             "decode: {scheduling: {policy: fastest}}",
             "decode.scheduling.policy: expected one of first_come, shortest_first, .*, found the text .fastest",
         ),
-        ("decode: {scheduling: {conservativeness: 2}}", "decode.scheduling.conservativeness: .* from 0 to 1 or nothing, found 2"),
+        (
+            "decode: {scheduling: {conservativeness: 2}}",
+            "decode.scheduling.conservativeness: .* from 0 to 1 or nothing, found 2",
+        ),
         (
             "prefill: {scheduling: {conservativeness: 1}}",
             "prefill.scheduling.conservativeness: unknown key; expected keys of prefill.scheduling: policy, ageing",
         ),
         ("kv: {verify_digests: 1}", "kv.verify_digests: expected true or false, found 1"),
+        ("kv: {rdma_devices: [mlx5_0]}", "kv.rdma_devices: only with kv.network=rdma, and that is auto"),
         ("kv: {transfer: tcp}", 'kv.transfer: expected one of nixl, mooncake, found the text "tcp"'),
         ("router: {port: 65536}", "router.port: expected a whole number from 0 to 65535, found 65536"),
         ("router: {port: }", "router.port: expected a whole number from 0 to 65535, found nothing"),

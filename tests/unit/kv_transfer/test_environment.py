@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cluster.config import TransferName
+from cluster.config import KV, TransferName
 from cluster.errors import ConfigError
 from kv_transfer.backends import backend_environment, environment, open_backend
 from tests.unit.kv_transfer.world import Pool
@@ -53,7 +53,7 @@ def test_a_system_that_has_the_library_needs_no_folder(monkeypatch):
 def test_a_missing_package_is_a_config_error_that_says_what_to_install(monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match="pip install"):
-        open_backend(name, "agent", Pool(1).memory, "127.0.0.1")
+        open_backend(KV(transfer=name), "agent", Pool(1).memory, "127.0.0.1")
 
 
 def test_the_environment_is_known_without_loading_an_engine():
