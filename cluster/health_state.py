@@ -84,8 +84,17 @@ class KillEngine(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Cause(str, Enum):
+    """Why an engine process is started anew."""
+
+    DEATH = "death"
+    STALL = "stall"
+    """We have killed it."""
+
+
 class StartEngine(msgspec.Struct, frozen=True):
     after_seconds: float
+    cause: Cause = Cause.DEATH
 
 
 class GiveUp(msgspec.Struct, frozen=True):
@@ -198,14 +207,15 @@ class WorkerHealth(StateMachine[Action]):
         return [Tell()]
 
     def _die(self, event: EngineDied, now: float) -> list[Action]:
+        cause = Cause.STALL if self._over_limit else Cause.DEATH
+        self._death = f"killed, as {self.stalled}" if self._over_limit else event.reason
         self._forget_stalls()
-        self._death = event.reason
         pause = self._budget.died(now)
         if pause is None:
             self.to(HealthState.GIVEN_UP)
             return [GiveUp(self._budget.verdict())]
         self.to(HealthState.RESTARTING)
-        return [StartEngine(pause)]
+        return [StartEngine(pause, cause)]
 
     def _fail(self, event: EngineDied, now: float) -> list[Action]:
         """What can't start once is wrong in itself: a setting, the model, a package."""

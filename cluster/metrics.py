@@ -137,7 +137,11 @@ class WorkerMetrics:
         self._stale = counter("baton_worker_stale_messages_total", "Messages refused for their fence.", "kind")
         self._peers = gauge("baton_peers", "Connected peers of the other pool.")
         self._ready = gauge("baton_ready", "1 while the worker takes new work.")
-        self._engine_restarts = counter("baton_engine_restarts_total", "Engine processes started after a death.")
+        self._engine_restarts = counter(
+            "baton_engine_restarts_total",
+            "Engine processes started after one died, or was killed for a stall.",
+            "cause",
+        )
         self._stalls = counter("baton_stalls_total", "Times that a part stopped making progress.", "part")
         self._oldest_transfer = gauge("baton_oldest_transfer_seconds", "Age of the oldest unfinished transfer.")
         self._unauthorized = counter(_UNAUTHORIZED, _UNAUTHORIZED_TEXT, "reason")
@@ -189,8 +193,8 @@ class WorkerMetrics:
     def observe_ready(self, *, ready: bool) -> None:
         self._ready.labels(**self._labels).set(ready)
 
-    def engine_restarted(self) -> None:
-        self._engine_restarts.labels(**self._labels).inc()
+    def engine_restarted(self, cause: str) -> None:
+        self._engine_restarts.labels(**self._labels, cause=cause).inc()
 
     def stalled(self, part: str) -> None:
         self._stalls.labels(**self._labels, part=part).inc()

@@ -51,6 +51,10 @@ from cluster.tasks import cancel, first_of, together
 
 log = get_logger(__name__)
 
+SLOWER_STARTS = 5
+START_SLACK_SECONDS = 30.0
+"""An engine process that replaces another may take so many times as long as the first one, and so many seconds more:
+the machine may be busier now."""
 SHUTDOWN_SECONDS = 1.0
 """For what is asked over HTTP at the end; attempts have ended before."""
 
@@ -107,6 +111,8 @@ class WorkerShell:
         self._member: Member | None = None
         self._ending: asyncio.Future[None] | None = None
         """The end of the last life, once it has begun."""
+        self._first_start: float | None = None
+        """Seconds that the first engine process took to be ready."""
         self._reported = Load()
         """By the engine process."""
         self._drain_asked = asyncio.Event()
@@ -167,7 +173,7 @@ class WorkerShell:
                 if isinstance(action, GiveUp):
                     raise death if self._budget.restarts == 0 else WorkerLost(f"{death}; {action.verdict}")
                 if isinstance(action, StartEngine):
-                    self.metrics.engine_restarted()
+                    self.metrics.engine_restarted(action.cause.value)
                     log.info("starting the engine process anew", seconds=action.after_seconds)
                     await asyncio.sleep(action.after_seconds)
             if not actions:
@@ -179,7 +185,7 @@ class WorkerShell:
         engine = self._engine = await EngineHost.start(*self._command)
         try:
             try:
-                ready = await engine.ready()
+                ready = await self._started(engine)
             except BatonError as death:
                 return death
             self._membership = join(self._begin(ready))
@@ -188,6 +194,17 @@ class WorkerShell:
             # Whoever cancels us now must not cut it short: `close` waits for the rest.
             self._ending = asyncio.ensure_future(self._end(engine))
             await asyncio.shield(self._ending)
+
+    async def _started(self, engine: EngineHost) -> EngineReady:
+        """Raises what it could not start with, or that it hangs: the first start shows how long one takes."""
+        begun = self._clock.now()
+        limit = None if self._first_start is None else SLOWER_STARTS * self._first_start + START_SLACK_SECONDS
+        try:
+            ready = await asyncio.wait_for(engine.ready(), limit)
+        except asyncio.TimeoutError:
+            raise WorkerLost(f"the new engine process was not ready after {limit:.0f} s") from None
+        self._first_start = self._first_start or self._clock.now() - begun
+        return ready
 
     async def _work(self, engine: EngineHost, membership: Membership) -> BatonError:
         relaying = asyncio.ensure_future(self._relay(engine))

@@ -69,6 +69,15 @@ async def test_stopped_processes_are_gone_and_not_told(stage):
     assert running(stage) == {"a": False, "b": False}
 
 
+async def test_a_name_may_be_started_again_after_its_end_and_keeps_its_log(stage):
+    await stage.start("a")
+    await asyncio.wait_for(stage.hears("a"), PATIENCE)
+    await stage.launcher.stop(["a"], PATIENCE)
+    await stage.start("a", code=0)
+    assert await asyncio.wait_for(stage.launcher.next_exit(), PATIENCE) == ProcessExit("a", 0)
+    assert stage.launcher.log_tail("a", 5) == ["hello", "hello"]
+
+
 async def test_what_cannot_be_started_is_a_launch_error(tmp_path):
     spec = ProcessSpec("a", ProcessKind.DECODE, "bystander", ())
     for launcher in (LocalLauncher(tmp_path / "missing"), FakeLauncher(cannot_start=frozenset({"a"}))):

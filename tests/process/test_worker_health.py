@@ -14,6 +14,7 @@ import msgspec
 import psutil
 import pytest
 
+from cluster import worker_shell
 from cluster.config import Bootstrap, Model, Restarts, Topology, Worker
 from cluster.errors import ConfigError, WorkerLost
 from cluster.links import Link, LinkClosed, dial
@@ -201,7 +202,7 @@ async def test_a_dead_engine_process_is_replaced_at_once_and_everybody_is_told(h
     await router.hears(lambda message: isinstance(message, AttemptFinished) and message.fence == fence)
     async with http.get(house.url + "/metrics") as response:
         metrics = await response.text()
-    assert 'baton_engine_restarts_total{role="decode",worker="w"} 1.0' in metrics
+    assert 'baton_engine_restarts_total{cause="death",role="decode",worker="w"} 1.0' in metrics
     assert 'baton_ready{role="decode",worker="w"} 1.0' in metrics
 
 
@@ -211,6 +212,16 @@ async def test_an_engine_process_that_dies_again_and_again_is_given_up_with_its_
     house.engine.kill()
     with pytest.raises(WorkerLost, match=r"told to crash; it has died 3 times within 300 s"):
         await house.running
+
+
+async def test_an_engine_process_that_hangs_while_it_starts_is_replaced_too(house, monkeypatch):
+    await house.up()
+    monkeypatch.setattr(worker_shell, "START_SLACK_SECONDS", 0.5)
+    house.crashes.write_text("hang")
+    house.engine.kill()
+    await until(lambda: house.shell._budget.restarts == 2)
+    house.crashes.unlink()
+    await house.up(lives=2)
 
 
 async def test_an_engine_process_that_cannot_start_at_all_is_not_tried_again(tmp_path):

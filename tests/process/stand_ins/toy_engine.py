@@ -6,7 +6,7 @@
     DEAFEN   stops the transfer thread for that time
     DIE      ends the process at once
 
-CRASHES in the environment names a file: while it exists, the process ends when it has loaded.
+CRASHES in the environment names a file: while it exists, the process ends when it has loaded, or hangs if it says so.
 """
 
 import os
@@ -89,7 +89,10 @@ class ToyHandler:
 
 
 def build(context):
-    if Path(os.environ["CRASHES"]).exists():
+    crashes = Path(os.environ["CRASHES"])
+    while crashes.exists() and crashes.read_text() == "hang":
+        time.sleep(TENTH)
+    if crashes.exists():
         raise ConfigError("told to crash")
     ready = EngineReady(
         context.epoch, LAYOUT, ModelCard("toy", 64, 100), 8, b"descriptor", current(), Speed(0.01, 0.001, 16)

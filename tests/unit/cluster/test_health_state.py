@@ -9,6 +9,7 @@ import pytest
 from cluster.config import Restarts
 from cluster.errors import IllegalTransition
 from cluster.health_state import (
+    Cause,
     DrainAsked,
     EngineDied,
     EngineUp,
@@ -108,8 +109,9 @@ def test_a_stall_without_end_is_no_life_and_the_engine_is_killed_once(watched):
     assert not watched.health.live
     assert [type(action) for action in watched.actions].count(KillEngine) == 1
     watched.actions = watched.health.handle(EngineDied("killed"), watched.now)
-    assert watched.actions == [StartEngine(0.0)]
-    assert watched.health.live and watched.health.reason == "restarting: killed"
+    assert watched.actions == [StartEngine(0.0, Cause.STALL)]
+    assert watched.health.live
+    assert watched.health.reason.startswith("restarting: killed, as the engine process has made no progress for 6")
 
 
 def test_nobody_is_judged_for_the_time_in_which_we_did_not_run_ourselves(watched):
