@@ -39,6 +39,19 @@ class FirstToken(msgspec.Struct, frozen=True):
     rest: float
 
 
+class AttemptRecord(msgspec.Struct, frozen=True):
+    """One attempt at a request, see the router's own record. Times are since the request's arrival, in seconds."""
+
+    prefill_worker: str | None
+    decode_worker: str | None
+    placed_seconds: float
+    ended_seconds: float | None
+    tokens: int
+    end: str | None
+    error: str | None
+    blame: str | None
+
+
 class RequestRecord(msgspec.Struct, frozen=True):
     """Where one request's time went, by the router's `GET /v1/requests/{id}`, which has more fields. In seconds; None
     where there was no such leg, or where its end is still on the way."""
@@ -56,6 +69,7 @@ class RequestRecord(msgspec.Struct, frozen=True):
     second_token_seconds: float | None = None
     inter_token_seconds: Percentiles | None = None
     attempts: int = 1
+    history: list[AttemptRecord] = []
     prefill_worker: str | None = None
     decode_worker: str | None = None
     finish_reason: str | None = None

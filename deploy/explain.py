@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
 from cluster.messages import DecodeTimings, HandoffTimings, PrefillTimings
-from deploy.cluster_client import RequestRecord
+from deploy.cluster_client import AttemptRecord, RequestRecord
 
 BAR_WIDTH = 32
 _BAR = "█"
@@ -51,6 +51,8 @@ def stages(record: RequestRecord) -> Iterator[Stage]:
         yield from _handoff(record, record.handoff, prefill)
     if record.decode is not None and first_token is not None:
         yield from _decode(record, record.decode, first_token)
+    if record.attempts > 1:
+        yield from _attempts(record.history)
     if record.total_seconds is not None:
         rate = _rate(record.output_tokens, record.total_seconds, "tok/s")
         yield Stage("total", 0.0, record.total_seconds, f"{record.output_tokens} tokens{rate}{_ending(record)}")
@@ -112,6 +114,17 @@ def _decode(record: RequestRecord, decode: DecodeTimings, first_token: float) ->
     mean = decode.batch_sum / decode.steps
     what = f"{_count(decode.steps, 'step')}, batch {mean:.1f}, at most {decode.batch_max}{pace}"
     yield Stage("decode", start, max(0.0, record.total_seconds - start), what)
+
+
+def _attempts(history: Sequence[AttemptRecord]) -> Iterator[Stage]:
+    """Where each of them ran, what it gave, and what ended it."""
+    for attempt in history:
+        where = " and ".join(name for name in (attempt.prefill_worker, attempt.decode_worker) if name)
+        ended = attempt.ended_seconds if attempt.ended_seconds is not None else attempt.placed_seconds
+        blame = f" by {attempt.blame}" if attempt.blame else ""
+        error = f" ({attempt.error})" if attempt.error else ""
+        what = f"{_count(attempt.tokens, 'token')} on {where}, end: {attempt.end or 'under way'}{blame}{error}"
+        yield Stage("attempt", attempt.placed_seconds, ended - attempt.placed_seconds, what)
 
 
 def milliseconds(seconds: float) -> str:

@@ -41,8 +41,8 @@ STUCK_SECONDS = 5.0
 """A client that has read nothing for so long after its request's deadline loses its connection."""
 
 RECOVERIES = "X-Baton-Recoveries"
-"""How often the answer went on elsewhere, where it did. A stream whose headers are out says it in a comment at its end:
-clients ignore what they don't understand there."""
+"""How often the answer went on elsewhere, where it did. A stream says it in a comment at its end: by then its headers
+have long been out."""
 
 _STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -173,7 +173,8 @@ class GenerationApi:
                 cursor.usage_told = True
                 ending = self._event(form.usage_chunk(heading, exchange.usage()), cursor if ids else None)
             if exchange.recoveries:
-                ending += f": {RECOVERIES}: {exchange.recoveries}\n\n".encode()
+                # Within the last event: the OpenAI SDK takes a comment by itself for an event, once it has seen an id.
+                ending += f": {RECOVERIES}: {exchange.recoveries}\n".encode()
             await self._write(request, response, ending + b"data: [DONE]\n\n")
         except BatonError as error:
             if not response.prepared:

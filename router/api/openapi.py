@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from router.api.cursor import HEADER as LAST_EVENT_ID
+from router.api.generation import RECOVERIES
 from router.api.identity import HEADER
 from router.api.requests import ChatCompletionRequest, CompletionRequest
 from router.api.responses import (
@@ -94,15 +96,28 @@ def _generating(name: str, body: type, answer: type, chunk: type) -> Schema:
     answers = _response(f"The answer; {events}", _ref(answer))
     answers["content"]["text/event-stream"] = {}
     operation = _operation(name, {"200": answers, **_errors(400, 401, 404, 408, 413, 415, 429, 500, 503)})
+    answers["headers"][RECOVERIES] = {
+        "description": "How often the answer went on on other workers, where it did",
+        "schema": {"type": "integer"},
+    }
     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
     operation["parameters"] = [
         {
             "name": HEADER,
             "in": "header",
             "required": False,
-            "description": "The client's own id for the request: it is in the logs of all processes",
+            "description": "The client's own id for the request: it is in the logs of all processes, gives the seed "
+            "where the request has none, and gives ids to a stream's events",
             "schema": {"type": "string"},
-        }
+        },
+        {
+            "name": LAST_EVENT_ID,
+            "in": "header",
+            "required": False,
+            "description": "For a client that lost its connection and sends the same request again, with its "
+            f"{HEADER}: the id of the last event that it got. The stream goes on after that",
+            "schema": {"type": "string"},
+        },
     ]
     return operation
 

@@ -117,7 +117,7 @@ class House:
     async def events(
         self, path: str = "/v1/completions", *, once_begun: Callable[[], None] = lambda: None, **body
     ) -> list[str]:
-        """The data of a stream's events, the last one included. `once_begun` is called after the first."""
+        """The data of a stream's events, the last one included; no comments. `once_begun` is called after the first."""
         default = {} if "messages" in body else {"prompt": "hello"}
         body = {"model": MODEL, "stream": True, **default, **body}
         async with self.session.post(self.url + path, json=body) as response:
@@ -127,7 +127,8 @@ class House:
             once_begun()
             text += (await response.read()).decode()
         assert text.endswith("\n\n")
-        return [event.removeprefix("data: ") for event in text.removesuffix("\n\n").split("\n\n")]
+        lines = text.removesuffix("\n\n").split("\n")
+        return [line.removeprefix("data: ") for line in lines if line and not line.startswith(":")]
 
     async def get(self, path: str) -> tuple[int, dict]:
         async with self.session.get(self.url + path) as response:

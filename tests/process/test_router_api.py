@@ -9,6 +9,8 @@ import openai
 import pytest
 import pytest_asyncio
 
+from cluster.errors import ErrorInfo
+from cluster.messages import Role
 from tests.process.fake_worker import Behaviour
 from tests.process.router_house import MODEL, House, demo_text, pair
 
@@ -177,13 +179,30 @@ async def test_the_sdk_reads_whole_and_streamed_answers(sdk, house):
     assert [model.id for model in (await sdk.models.list()).data] == [MODEL]
 
 
+async def test_the_sdk_reads_a_stream_with_ids_that_was_recovered(sdk, house):
+    workers = [worker for worker in house.workers.values() if worker.role is Role.DECODE]
+    for worker in workers:
+        worker.behaviour = Behaviour(fails_at=3)
+    stream = await sdk.chat.completions.create(
+        model=MODEL, messages=HELLO, max_tokens=6, stream=True, extra_headers={"X-Request-Id": "named"}
+    )
+    chunks = [chunk async for chunk in stream]
+    for worker in workers:
+        worker.behaviour = Behaviour()
+    whole = await sdk.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=6)
+    pieces = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
 async def test_the_sdk_raises_its_own_exceptions(sdk, house):
     with pytest.raises(openai.NotFoundError, match="gpt-9"):
         await sdk.chat.completions.create(model="gpt-9", messages=HELLO)
     with pytest.raises(openai.BadRequestError, match="max_tokens"):
         await sdk.completions.create(model=MODEL, prompt="a", max_tokens=-1)
     gate = asyncio.Event()
-    house.workers["decode-0"].behaviour = Behaviour(gate=gate, fails_at=2)
+    damaged = ErrorInfo("InvalidRequest", "a word that was damaged")
+    house.workers["decode-0"].behaviour = Behaviour(gate=gate, fails_at=2, error=damaged)
     stream = await sdk.completions.create(model=MODEL, prompt="a", max_tokens=8, stream=True)
 
     async def read():

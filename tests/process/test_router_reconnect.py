@@ -198,7 +198,7 @@ async def test_an_answer_says_how_often_it_was_recovered(text):
             assert response.headers["X-Baton-Recoveries"] == "1"
         async with opened(house, "/v1/completions", body) as response:
             told = (await response.read()).decode()
-            assert told.endswith(": X-Baton-Recoveries: 1\n\ndata: [DONE]\n\n")
+            assert told.endswith("\n\n: X-Baton-Recoveries: 1\ndata: [DONE]\n\n")
         for number in range(2):
             house.workers[f"decode-{number}"].behaviour = Behaviour()
         house.workers["prefill-0"].behaviour = Behaviour(fails_at=0)

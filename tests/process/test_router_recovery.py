@@ -28,7 +28,7 @@ def two_and_two(**behaviours: Behaviour) -> list[FakeWorker]:
 
 
 def told(events: list[str]) -> list[dict]:
-    """The chunks of a stream, without its last word and what it says in comments."""
+    """The chunks of a stream, without its last word."""
     return [json.loads(event) for event in events if event.startswith("{")]
 
 

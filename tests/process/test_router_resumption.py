@@ -40,7 +40,7 @@ async def test_the_answer_is_whole_and_each_token_comes_once(text, unified, offs
 
 async def test_cached_tokens_are_what_the_request_itself_was_spared(text):
     async with House(text, pair(None, Behaviour(retracted_at=3))) as house:
-        usage = (await house.complete(max_tokens=8))["usage"]
+        usage = (await house.complete(prompt=[5] * 10, max_tokens=8))["usage"]
         assert usage["prompt_tokens_details"]["cached_tokens"] == 3, "not what its own first attempt had computed"
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from cluster.messages import DecodeTimings, HandoffTimings, PrefillTimings
-from deploy.cluster_client import FirstToken, Percentiles, RequestRecord
+from deploy.cluster_client import AttemptRecord, FirstToken, Percentiles, RequestRecord
 from deploy.explain import BAR_WIDTH, stages, waterfall
 
 HANDED_OVER = RequestRecord(
@@ -106,6 +106,18 @@ def test_a_failed_request_says_how_it_ended_and_whose_fault_it_was():
         HANDED_OVER, handoff=None, decode=None, error="TransferFailed", blame="prefill", attempts=2
     )
     assert printed(failed)[-1].endswith("in 2 attempts, failed: TransferFailed, the prefill leg's fault")
+
+
+def test_each_attempt_of_a_recovered_request_is_told():
+    lost = AttemptRecord("prefill-0", "decode-0", 0.02, 0.9, 17, "worker_lost", "WorkerLost: it died", "decode-0")
+    rest = AttemptRecord("prefill-0", "decode-1", 0.9, 2.0, 23, "length", None, None)
+    record = msgspec.structs.replace(HANDED_OVER, attempts=2, history=[lost, rest])
+    assert printed(record)[-3:] == [
+        "attempt 880.0 ms 17 tokens on prefill-0 and decode-0, end: worker_lost by decode-0 (WorkerLost: it died)",
+        "attempt 1100.0 ms 23 tokens on prefill-0 and decode-1, end: length",
+        "total 2000.0 ms 40 tokens, 20 tok/s, in 2 attempts, end: length",
+    ]
+    assert not any(line.startswith("attempt") for line in printed(HANDED_OVER))
 
 
 def test_a_request_that_was_refused_early_has_an_end_and_nothing_else():
