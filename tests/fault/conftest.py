@@ -11,6 +11,7 @@ from bench.machine import describe_setting
 from bench.report import write
 from tests.fault.plan import Kind
 from tests.fault.results import CampaignResult, page
+from tests.process.conftest import pytest_runtest_makereport  # noqa: F401 - logs of the cluster, when a test fails
 from tests.process.reference.cases import load_reference
 
 DEFAULT_SEED = 20_261_120

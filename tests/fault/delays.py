@@ -49,8 +49,8 @@ def _next_arrival(arrivals: Sequence[float], at: float) -> float | None:
 def _of_workers(
     reading: Reading, choice: ChoiceRecord, arrivals: Sequence[float], strikes: Sequence[Strike]
 ) -> list[Delay]:
-    """One for each fault, however many attempts it took. Records of a router that came later tell nothing of before:
-    their tokens are counted from the last."""
+    """One for each fault, however many attempts it took. Records of a router that came later tell nothing of before, or
+    count again what the client had: tokens are counted from the last, and those from before the fault don't count."""
     found: dict[float, Delay] = {}
     got = len(arrivals) - sum(attempt.tokens for attempt in choice.history)
     for attempt, after in zip(choice.history, choice.history[1:], strict=False):
@@ -58,9 +58,12 @@ def _of_workers(
         assert attempt.ended_seconds is not None
         workers = {attempt.prefill_worker, attempt.decode_worker}
         strike = _cause(strikes, workers, reading.sent_at + attempt.ended_seconds)
-        if strike is not None and 0 <= got < len(arrivals):
-            total = arrivals[got] - strike.at
-            prefill = arrivals[got] - reading.sent_at - after.placed_seconds
+        if strike is None:
+            continue
+        place = max(got, bisect_right(arrivals, strike.at))
+        if place < len(arrivals):
+            total = arrivals[place] - strike.at
+            prefill = arrivals[place] - reading.sent_at - after.placed_seconds
             found[strike.at] = Delay(strike.fault.kind, total, prefill)
     return list(found.values())
 
