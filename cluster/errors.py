@@ -158,9 +158,11 @@ class Overloaded(AvailabilityError):
     status = 429
     openai_type = "rate_limit_error"
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after: int = 1) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after: int = 1, reason: str = "") -> None:
+        """`reason` names the bound, for a metric; one of few."""
         super().__init__(message, param=param)
         self.retry_after = retry_after
+        self.reason = reason
 
 
 class Draining(AvailabilityError):

@@ -64,7 +64,7 @@ class HttpServer:
         assert server is not None, "setup makes it"
 
         def connect() -> asyncio.Protocol:
-            return server() if len(server.connections) < self._limits.connections else _TooMany()
+            return server() if self.connections < self._limits.connections else _TooMany()
 
         loop = asyncio.get_running_loop()
         try:
@@ -75,6 +75,12 @@ class HttpServer:
         bound = self._listener.sockets[0].getsockname()[1]
         name = f"[{host}]" if ":" in host else host
         return f"{'http' if self._tls is None else 'https'}://{name}:{bound}"
+
+    @property
+    def connections(self) -> int:
+        """Open, those too many left out."""
+        server = self._runner.server
+        return 0 if server is None else len(server.connections)
 
     async def stop(self) -> None:
         if self._listener is not None:

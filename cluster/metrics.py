@@ -92,6 +92,13 @@ class RouterMetrics:
             ["worker", "role"],
             registry=registry,
         )
+        self.refusals = Counter(
+            "baton_admission_refusals_total", "Requests answered 429, by the bound.", ["reason"], registry=registry
+        )
+        self.queued_tokens = Gauge(
+            "baton_queued_prompt_tokens", "Prompt tokens of this router's requests that wait.", registry=registry
+        )
+        self.choices = Gauge("baton_choices_in_flight", "Choices between admission and end.", registry=registry)
         self.workers = Gauge("baton_workers", "Live workers in the router's view.", ["role"], registry=registry)
         self.stale = Counter(
             "baton_stale_messages_total", "Messages refused for their fence.", ["kind"], registry=registry

@@ -7,7 +7,7 @@ own speed; what can pile up there is bounded by the tokens the request asked for
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Union
 
 from cluster.clock import Clock
@@ -143,6 +143,8 @@ class Generation:
         self._mail = asyncio.Event()
         self._deadline: asyncio.TimerHandle | None = None
         self.specs = specs
+        self.on_begun: Callable[[int], None] = lambda choice: None
+        """Called when the first compute for a choice begins."""
         self.choices = [
             _Choice(index, spec, trace, self, recovery)
             for index, (spec, trace) in enumerate(zip(specs, traces, strict=True))
@@ -179,12 +181,18 @@ class Generation:
         for choice in self.choices:
             self._dispatcher.handle(choice, ClientGone(reason))
 
+    def refuse(self, error: BatonError) -> None:
+        """Its place is given to another, before anything of it has begun: it ends with `error`."""
+        self.close(error.message)
+        self.deliver(Failed(0, error))
+
     def deliver(self, event: ChoiceEvent) -> None:
         self._mailbox.append(event)
         self._mail.set()
 
-    def start_deadline(self, seconds: float) -> None:
-        self._deadline = asyncio.get_running_loop().call_later(seconds, self._deadline_passed, seconds)
+    def start_deadline(self, seconds: float, left: float) -> None:
+        """`seconds` is all that the request has, `left` what is left of it."""
+        self._deadline = asyncio.get_running_loop().call_later(max(0.0, left), self._deadline_passed, seconds)
 
     def settle(self) -> None:
         """A choice is over; with the last one the deadline is."""
@@ -205,14 +213,12 @@ class Dispatcher:
         records: RecordStore,
         metrics: RouterMetrics,
         clock: Clock,
-        timeout_seconds: float,
         recovery: Recovery,
     ) -> None:
         self._fleet = fleet
         self._records = records
         self._metrics = metrics
         self._clock = clock
-        self._timeout_seconds = timeout_seconds
         self._recovery = recovery
         self._breakers = Breakers(recovery)
         self._choices: dict[Fence, _Choice] = {}
@@ -225,9 +231,16 @@ class Dispatcher:
         return len(self._choices) + len(self._waiting)
 
     def begin(
-        self, request: str, alias: str, specs: Sequence[ChoiceSpec], arrived: float, tokenize_seconds: float
+        self,
+        request: str,
+        alias: str,
+        specs: Sequence[ChoiceSpec],
+        arrived: float,
+        tokenize_seconds: float,
+        timeout_seconds: float,
     ) -> Generation:
-        """Places and dispatches all choices. `request` is unique for all time, `alias` the client's own id for it.
+        """Places and dispatches all choices. `request` is unique for all time, `alias` the client's own id for it, and
+        `timeout_seconds` all the time it has, from its arrival.
 
         Raises `NoWorker` or `PromptTooLong`; then nothing was dispatched.
         """
@@ -241,7 +254,7 @@ class Dispatcher:
         for choice in generation.choices:
             self._place(choice, self._fleet.place(choice.need, Hints(shut=self._breakers.shut(self._clock.now()))))
         self._records.add(request, alias, traces)
-        generation.start_deadline(self._timeout_seconds)
+        generation.start_deadline(timeout_seconds, arrived + timeout_seconds - self._clock.now())
         return generation
 
     def handle(self, choice: _Choice, event: object) -> None:
@@ -305,6 +318,7 @@ class Dispatcher:
         if isinstance(message, AttemptStarted):
             if trace.started_at is None:
                 trace.started_at = self._clock.now()
+                choice.generation.on_begun(choice.index)
             # Later attempts find what the first one computed: that is no saving of this request's.
             if trace.attempts == 1:
                 cached = min(message.cached_tokens, trace.prompt_tokens)

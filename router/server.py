@@ -19,6 +19,8 @@ from cluster.model_files import resolve_model
 from cluster.process import forget_garbage
 from cluster.server_process import run_until_stopped
 from cluster.tasks import first_of
+from router.admission import AdmissionQueue
+from router.api.admitting import Admission
 from router.api.app import build_app
 from router.api.generation import GenerationApi
 from router.api.operations import OperationsApi
@@ -59,20 +61,12 @@ class RouterServer:
             self.metrics,
         )
         records = RecordStore()
-        self.dispatcher = Dispatcher(
-            self.fleet, records, self.metrics, clock, config.request_timeout_seconds, config.recovery
-        )
+        self.dispatcher = Dispatcher(self.fleet, records, self.metrics, clock, config.recovery)
         self.fleet.listen(self.dispatcher)
         planner = Planner(topology.served_model, text, config, self.fleet.limits, clock, self.metrics)
-        self._generation = GenerationApi(
-            planner,
-            self.dispatcher,
-            text.table,
-            self.metrics,
-            clock,
-            config.request_timeout_seconds,
-            event_ids=config.event_ids,
-        )
+        scheduling = topology.decode.scheduling if unified else topology.prefill.scheduling
+        admission = Admission(AdmissionQueue(config.limits, scheduling.policy), self.metrics, clock)
+        self._generation = GenerationApi(planner, self.dispatcher, text.table, self.metrics, clock, admission, config)
         operations = OperationsApi(
             self.router_id,
             int(time.time()),
@@ -81,6 +75,7 @@ class RouterServer:
             self._generation,
             self.dispatcher,
             self.fleet,
+            admission,
             records,
             self.metrics,
         )
@@ -103,6 +98,11 @@ class RouterServer:
         url = await self._server.start(config.host, config.port, "set router.port to a free one")
         log.info("listening", url=url, model=self._topology.served_model, router=self.router_id)
         return url
+
+    @property
+    def connections(self) -> int:
+        """Open, of clients."""
+        return self._server.connections
 
     async def run(self) -> None:
         """Follows the fleet until it is cancelled, or drained."""

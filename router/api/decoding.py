@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
-from cluster.errors import InvalidRequest, UnsupportedMediaType
+from cluster.errors import BodyTimeout, InvalidRequest, UnsupportedMediaType
 from router.api.requests import UNSUPPORTED_FIELDS, GenerationRequest
 
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
@@ -17,11 +18,15 @@ _PLACE = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 _MISSING = re.compile(r"^Object missing required field `(?P<field>[^`]*)`")
 
 
-async def read_request(request: web.Request, kind: type[RequestT]) -> RequestT:
-    """Raises `UnsupportedMediaType` or `InvalidRequest`; a body that is too large is aiohttp's to refuse."""
+async def read_request(request: web.Request, kind: type[RequestT], seconds: float) -> RequestT:
+    """`seconds` is how long the body may take to arrive. Raises `UnsupportedMediaType`, `InvalidRequest` or
+    `BodyTimeout`; a body that is too large is aiohttp's to refuse."""
     if request.content_type != "application/json":
         raise UnsupportedMediaType(f"expected Content-Type application/json, found {request.content_type}")
-    body = await request.read()
+    try:
+        body = await asyncio.wait_for(request.read(), seconds)
+    except asyncio.TimeoutError:
+        raise BodyTimeout(f"the body did not arrive within {seconds:g} s") from None
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from cluster.clock import Clock
+from cluster.config import Router
 from cluster.errors import BatonError, Draining, InvalidRequest
 from cluster.metrics import RouterMetrics
+from router.api.admitting import Admission, Visit, requested_seconds
 from router.api.cursor import HEADER as LAST_EVENT_ID
 from router.api.cursor import Cursor
 from router.api.decoding import read_request
@@ -30,15 +33,12 @@ from router.api.formats import Answer, ChatFormat, CompletionFormat, FinishText,
 from router.api.identity import HEADER as REQUEST_ID_HEADER
 from router.api.identity import NAMED, REQUEST_ID, unique_id
 from router.api.outcome import Outcome
-from router.api.plan import Plan, Planner
+from router.api.plan import Plan, Planner, demand_of
 from router.api.requests import ChatCompletionRequest, CompletionRequest
 from router.api.unfinished import UnfinishedStreams
 from router.dispatch import ChoiceSpec, Dispatcher
 from router.text.output import ChoiceOutput, Delta
 from router.text.token_table import TokenTable
-
-STUCK_SECONDS = 5.0
-"""A client that has read nothing for so long after its request's deadline loses its connection."""
 
 RECOVERIES = "X-Baton-Recoveries"
 """How often the answer went on elsewhere, where it did. A stream says it in a comment at its end: by then its headers
@@ -51,6 +51,16 @@ _STREAM_HEADERS = {
 }
 
 
+RequestT = TypeVar("RequestT", ChatCompletionRequest, CompletionRequest)
+
+
+class Term(NamedTuple):
+    """The time a request has: since when, on the router's clock, and how much."""
+
+    arrived: float
+    seconds: float
+
+
 class GenerationApi:
     """Handlers of POST /v1/chat/completions and POST /v1/completions."""
 
@@ -61,35 +71,47 @@ class GenerationApi:
         table: TokenTable,
         metrics: RouterMetrics,
         clock: Clock,
-        timeout_seconds: float,
-        *,
-        event_ids: bool,
+        admission: Admission,
+        config: Router,
     ) -> None:
         self._planner = planner
         self._dispatcher = dispatcher
         self._table = table
         self._metrics = metrics
         self._clock = clock
-        self._timeout_seconds = timeout_seconds
-        self._event_ids = event_ids
+        self._admission = admission
+        self._config = config
+        self._event_ids = config.event_ids
         self._unfinished = UnfinishedStreams()
         self._encoder = msgspec.json.Encoder()
         self.draining = False
         """No new requests; those under way go on."""
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        arrived = self._clock.now()
-        with self._counted("chat", request) as outcome:
-            self._require_open()
-            plan = await self._planner.chat(await read_request(request, ChatCompletionRequest), request[REQUEST_ID])
-            return await self._answer(request, plan, ChatFormat(), arrived, outcome)
+        return await self._serve(request, "chat", ChatCompletionRequest, self._planner.chat, ChatFormat())
 
     async def completion(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve(
+            request, "completions", CompletionRequest, self._planner.completion, CompletionFormat()
+        )
+
+    async def _serve(
+        self,
+        request: web.Request,
+        route: str,
+        kind: type[RequestT],
+        make_plan: Callable[[RequestT, str], Awaitable[Plan]],
+        form: Format,
+    ) -> web.StreamResponse:
         arrived = self._clock.now()
-        with self._counted("completions", request) as outcome:
+        with self._counted(route, request) as outcome:
             self._require_open()
-            plan = await self._planner.completion(await read_request(request, CompletionRequest), request[REQUEST_ID])
-            return await self._answer(request, plan, CompletionFormat(), arrived, outcome)
+            seconds = requested_seconds(request.headers, self._config.request_timeout_seconds)
+            body = await read_request(request, kind, self._config.limits.body_seconds)
+            with self._admission.enter(demand_of(body), arrived + seconds) as visit:
+                plan = await make_plan(body, request[REQUEST_ID])
+                visit.measure(plan.choices)
+                return await self._answer(request, plan, form, Term(arrived, seconds), visit, outcome)
 
     def _require_open(self) -> None:
         if self.draining:
@@ -99,7 +121,7 @@ class GenerationApi:
         return Outcome(route, request[REQUEST_ID], self._metrics, self._clock)
 
     async def _answer(
-        self, request: web.Request, plan: Plan, form: Format, arrived: float, outcome: Outcome
+        self, request: web.Request, plan: Plan, form: Format, term: Term, visit: Visit, outcome: Outcome
     ) -> web.StreamResponse:
         name = request[REQUEST_ID]
         request_id = unique_id(form.prefix, name)
@@ -107,22 +129,20 @@ class GenerationApi:
         choices: Sequence[ChoiceSpec] = plan.choices
         if cursor is not None:
             choices = _shortened(choices, cursor, await self._unfinished.take(name, choices))
-        generation = self._dispatcher.begin(request_id, name, choices, arrived, plan.tokenize_seconds)
-        # At the deadline the exchange ends by itself; only a write that waits for the client does not.
-        transport = request.transport
-        stuck = asyncio.get_running_loop().call_later(
-            self._timeout_seconds + STUCK_SECONDS, lambda: transport.abort() if transport is not None else None
+        generation = self._dispatcher.begin(
+            request_id, name, choices, term.arrived, plan.tokenize_seconds, term.seconds
         )
+        visit.follow(generation, plan.choices)
         exchange = Exchange(plan, generation, self._outputs(plan, form), self._heading(plan, request_id), cursor)
         try:
             if plan.stream:
                 with self._unfinished.telling(name, plan.choices, generation) if request[NAMED] else nullcontext():
                     return await self._stream(request, exchange, form, outcome)
-            return await self._whole(exchange, form)
+            return await self._whole(request, exchange, form)
         finally:
-            stuck.cancel()
             generation.close("the client is gone")
-            outcome.observe(exchange.usage(), [choice.trace.first_token_at for choice in generation.choices], arrived)
+            first_tokens = [choice.trace.first_token_at for choice in generation.choices]
+            outcome.observe(exchange.usage(), first_tokens, term.arrived)
 
     def _outputs(self, plan: Plan, form: Format) -> list[ChoiceOutput]:
         return [
@@ -142,7 +162,7 @@ class GenerationApi:
             plan.include_usage,
         )
 
-    async def _whole(self, exchange: Exchange, form: Format) -> web.Response:
+    async def _whole(self, request: web.Request, exchange: Exchange, form: Format) -> web.Response:
         deltas: list[list[Delta]] = [[] for _ in exchange.plan.choices]
         finishes: list[FinishText] = ["stop"] * len(deltas)
         async for news in exchange.progress():
@@ -155,7 +175,10 @@ class GenerationApi:
         ]
         body = self._encoder.encode(form.whole(exchange.heading, answers, exchange.usage()))
         headers = {RECOVERIES: str(exchange.recoveries)} if exchange.recoveries else None
-        return web.Response(body=body, content_type="application/json", headers=headers)
+        response = web.Response(body=body, content_type="application/json", headers=headers)
+        await self._sent(request, response.prepare(request))
+        await self._sent(request, response.write_eof())
+        return response
 
     async def _stream(
         self, request: web.Request, exchange: Exchange, form: Format, outcome: Outcome
@@ -181,7 +204,7 @@ class GenerationApi:
                 raise
             outcome.failed(error)
             await self._write(request, response, self._event(error_body(error)))
-        await response.write_eof()
+        await self._sent(request, response.write_eof())
         return response
 
     def _news(self, form: Format, exchange: Exchange, news: list[Progress], *, ids: bool) -> bytes:
@@ -202,7 +225,18 @@ class GenerationApi:
         """Waits while the client is slow; the choices' events wait in their mailbox meanwhile."""
         if not response.prepared:
             await response.prepare(request)
-        await response.write(data)
+        await self._sent(request, response.write(data))
+
+    async def _sent(self, request: web.Request, writing: Awaitable[object]) -> None:
+        """Waits for a write, and cuts a client off that takes nothing for too long: this handler is cancelled then."""
+        transport = request.transport
+        stuck = asyncio.get_running_loop().call_later(
+            self._config.limits.stuck_seconds, lambda: transport.abort() if transport is not None else None
+        )
+        try:
+            await writing
+        finally:
+            stuck.cancel()
 
     def _event(self, body: msgspec.Struct, cursor: Cursor | None = None) -> bytes:
         id_line = b"" if cursor is None else f"id: {cursor}\n".encode()

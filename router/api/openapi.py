@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from router.api.admitting import TIMEOUT_HEADER
 from router.api.cursor import HEADER as LAST_EVENT_ID
 from router.api.generation import RECOVERIES
 from router.api.identity import HEADER
@@ -101,6 +102,10 @@ def _generating(name: str, body: type, answer: type, chunk: type) -> Schema:
         "schema": {"type": "integer"},
     }
     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(body)}}}
+    operation["description"] = (
+        f"The header {TIMEOUT_HEADER} gives the seconds that the request may take, if these are fewer than the "
+        "server's own limit: a request that would have to wait longer is answered 429 at once."
+    )
     operation["parameters"] = [
         {
             "name": HEADER,

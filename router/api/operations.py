@@ -9,6 +9,7 @@ from aiohttp import web
 
 from cluster.errors import Draining, ModelNotFound, NotFound
 from cluster.metrics import CONTENT_TYPE, RouterMetrics, render
+from router.api.admitting import Admission
 from router.api.generation import GenerationApi
 from router.api.openapi import document
 from router.api.plan import Planner
@@ -28,6 +29,7 @@ class OperationsApi:
         generation: GenerationApi,
         dispatcher: Dispatcher,
         fleet: Fleet,
+        admission: Admission,
         records: RecordStore,
         metrics: RouterMetrics,
     ) -> None:
@@ -39,6 +41,7 @@ class OperationsApi:
         self._generation = generation
         self._dispatcher = dispatcher
         self._fleet = fleet
+        self._admission = admission
         self._records = records
         self._metrics = metrics
 
@@ -74,12 +77,13 @@ class OperationsApi:
                 draining=self._generation.draining,
                 in_flight=self._dispatcher.in_flight,
                 workers=self._fleet.statuses(),
-                integrity_errors=self._fleet.integrity_errors(),
+                integrity_errors=[*self._fleet.integrity_errors(), *self._admission.integrity_errors()],
             )
         )
 
     async def metrics(self, request: web.Request) -> web.Response:
         self._fleet.observe()
+        self._admission.observe()
         return web.Response(body=render(self._metrics.registry), headers={"Content-Type": CONTENT_TYPE})
 
     async def openapi(self, request: web.Request) -> web.Response:

@@ -11,6 +11,7 @@ from cluster.config import Router
 from cluster.errors import InvalidRequest, ModelNotFound, PromptTooLong
 from cluster.messages import Sampling
 from cluster.metrics import RouterMetrics
+from router.api.admitting import Demand
 from router.api.identity import seed_of
 from router.api.requests import ChatCompletionRequest, ChatMessage, CompletionRequest, GenerationRequest
 from router.dispatch import ChoiceSpec
@@ -19,6 +20,9 @@ from router.text.model_text import ModelText
 
 THREAD_CHARACTERS = 2048
 """Longer texts are tokenized in a thread (about a millisecond), so that the event loop does not stall."""
+
+CHARACTERS_PER_TOKEN = 4
+"""About, in English: good enough to turn away what has no room at all, before it is tokenized."""
 
 _MASK = (1 << 64) - 1
 
@@ -83,7 +87,7 @@ class Planner:
         def tokenize() -> list[list[int]]:
             return [self._text.encode(template.render(messages), add_special_tokens=False)]
 
-        tokenized = await self._timed(tokenize, sum(len(message["content"]) for message in messages))
+        tokenized = await self._timed(tokenize, [sum(len(message["content"]) for message in messages)])
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return self._plan(request, name, tokenized, logprobs, *_limit(request))
 
@@ -105,8 +109,7 @@ class Planner:
                 for prompt in prompts
             ]
 
-        characters = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-        tokenized = await self._timed(tokenize, characters)
+        tokenized = await self._timed(tokenize, [len(prompt) for prompt in prompts if isinstance(prompt, str)])
         return self._plan(request, name, tokenized, request.logprobs, request.max_tokens, "max_tokens")
 
     # --- steps -------------------------------------------------------------------------------------------------------
@@ -125,9 +128,12 @@ class Planner:
                 param="n" if (n or 1) > 1 else "prompt",
             )
 
-    async def _timed(self, work: Callable[[], list[list[int]]], characters: int) -> _Tokenized:
+    async def _timed(self, work: Callable[[], list[list[int]]], lengths: list[int]) -> _Tokenized:
+        """`lengths` are the texts' own, in characters. Raises `PromptTooLong` where they tell enough."""
+        for length in lengths:
+            self._require_fitting(self._text.fewest_tokens(length), "at least ")
         start = self._clock.now()
-        prompts = await asyncio.to_thread(work) if characters > THREAD_CHARACTERS else work()
+        prompts = await asyncio.to_thread(work) if sum(lengths) > THREAD_CHARACTERS else work()
         seconds = self._clock.now() - start
         self._metrics.tokenize.observe(seconds)
         return _Tokenized(prompts, seconds)
@@ -169,12 +175,20 @@ class Planner:
             tokenize_seconds=tokenized.seconds,
         )
 
+    def _require_fitting(self, prompt: int, about: str = "") -> None:
+        """Raises `PromptTooLong` unless there is room for `prompt` tokens and one more."""
+        limits, own = self.limits, self._config.limits.prompt_tokens
+        for capacity, what in ((limits.context_length, "the model's context"), (limits.pool_tokens, "the KV pool")):
+            if prompt + 1 > capacity:
+                raise PromptTooLong(f"the prompt has {about}{prompt} tokens; {what} holds {capacity}", param="prompt")
+        if own is not None and prompt > own:
+            raise PromptTooLong(f"the prompt has {about}{prompt} tokens; this router takes {own}", param="prompt")
+
     def _max_tokens(self, prompt: int, limit: int | None, field: str) -> int:
         """The request's own limit if that fits, else the default, or what is left of the context and the KV pool."""
         limits = self.limits
+        self._require_fitting(prompt)
         for capacity, what in ((limits.context_length, "the model's context"), (limits.pool_tokens, "the KV pool")):
-            if prompt + 1 > capacity:
-                raise PromptTooLong(f"the prompt has {prompt} tokens; {what} holds {capacity}", param="prompt")
             if limit is not None and prompt + limit > capacity:
                 raise PromptTooLong(
                     f"{field} is {limit} and the prompt has {prompt} tokens, together {prompt + limit}; "
@@ -198,6 +212,19 @@ class Planner:
             stop_token_ids=sorted(stops | set(request.stop_token_ids or [])),
             logprobs=logprobs,
         )
+
+
+def demand_of(request: ChatCompletionRequest | CompletionRequest) -> Demand:
+    """What the request will take, as far as can be told without a tokenizer."""
+    if isinstance(request, ChatCompletionRequest):
+        prompts, tokens = 1, sum(len(_for_template(message)["content"]) for message in request.messages)
+        tokens = -(-tokens // CHARACTERS_PER_TOKEN)
+    else:
+        texts = _prompts(request.prompt)
+        prompts = len(texts)
+        tokens = sum(-(-len(text) // (CHARACTERS_PER_TOKEN if isinstance(text, str) else 1)) for text in texts)
+    n = request.n or 1
+    return Demand(prompts * n, tokens * n, request.priority or 0)
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -38,10 +38,18 @@ class ModelText:
         """End of sequence, end of turn."""
         self.context_length = context_length
         self.vocab_size = vocab_size
+        self._longest_token = max(len(token) for token in tokenizer.get_vocab(with_added_tokens=True))
+
+    def fewest_tokens(self, characters: int) -> int:
+        """A text of so many characters has at least so many tokens, known without looking at it. 0 where the tokenizer
+        rewrites texts before it reads them, and may shorten them."""
+        return 0 if self._tokenizer.normalizer is not None else characters // self._longest_token
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids. A chat template writes its own special tokens; a plain prompt gets the model's."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # For one text, too, the batch's form: it lets other threads run meanwhile, and does not compute offsets.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
 
