@@ -10,6 +10,7 @@ from bootstrap.roster_state import MemberMachine
 from cluster.health_state import WorkerHealth
 from cluster.state_machine import StateMachine
 from decode_worker.decode_state import DecodeMachine
+from decode_worker.quarantine_state import QuarantineWatch
 from kv_transfer.receiver_state import ReceiverLease
 from kv_transfer.sender_state import SenderHandoff
 from prefill_worker.prefill_state import PrefillMachine
@@ -24,6 +25,7 @@ MACHINES: tuple[type[StateMachine], ...] = (
     SenderHandoff,
     ReceiverLease,
     DecodeMachine,
+    QuarantineWatch,
     MemberMachine,
     WorkerHealth,
 )
