@@ -67,7 +67,12 @@ class Cluster:
         return self.log_dir / "up.out"
 
     def __enter__(self) -> Cluster:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            if self._process is not None:
+                self.stop()
+            raise
         return self
 
     def __exit__(
