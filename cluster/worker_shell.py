@@ -165,10 +165,7 @@ class WorkerShell:
     async def _lives(self, join: Join) -> None:
         """One after the other."""
         while True:
-            death = await self._live(join)
-            if self._health.state is not HealthState.DRAINING:
-                log.error("the engine process ended", error=str(death), kind=type(death).__name__)
-            actions = self._health.handle(EngineDied(str(death)), self._clock.now())
+            death, actions = await self._live(join)
             for action in actions:
                 if isinstance(action, GiveUp):
                     raise death if self._budget.restarts == 0 else WorkerLost(f"{death}; {action.verdict}")
@@ -179,21 +176,28 @@ class WorkerShell:
             if not actions:
                 return
 
-    async def _live(self, join: Join) -> BatonError:
-        """One life; returns what it ended with. Raises what bootstrap refuses this worker with."""
+    async def _live(self, join: Join) -> tuple[BatonError, list[Action]]:
+        """One life; returns what it ended with, and what is to be done about it. Raises what bootstrap refuses this
+        worker with."""
         log.info("loading the model", model=self.topology.model.path, url=self._url)
         engine = self._engine = await EngineHost.start(*self._command)
         try:
             try:
                 ready = await self._started(engine)
-            except BatonError as death:
-                return death
+            except BatonError as error:
+                return error, self._died(error)
             self._membership = join(self._begin(ready))
-            return await self._work(engine, self._membership)
+            death = await self._work(engine, self._membership)
+            return death, self._died(death)
         finally:
             # Whoever cancels us now must not cut it short: `close` waits for the rest.
             self._ending = asyncio.ensure_future(self._end(engine))
             await asyncio.shield(self._ending)
+
+    def _died(self, death: BatonError) -> list[Action]:
+        if self._health.state is not HealthState.DRAINING:
+            log.error("the engine process ended", error=str(death), kind=type(death).__name__)
+        return self._health.handle(EngineDied(str(death)), self._clock.now())
 
     async def _started(self, engine: EngineHost) -> EngineReady:
         """Raises what it could not start with, or that it hangs: the first start shows how long one takes."""
