@@ -230,6 +230,11 @@ class Dispatcher:
         """Choices that are not forgotten yet."""
         return len(self._choices) + len(self._waiting)
 
+    @property
+    def shut_out(self) -> list[str]:
+        """Names of the workers that get work only if there is no other, for what requests have suffered there."""
+        return sorted(worker for worker, _ in self._breakers.shut(self._clock.now()))
+
     def begin(
         self,
         request: str,

@@ -149,9 +149,15 @@ class Fleet:
 
     async def _watch(self) -> None:
         """Tells of workers that stall. A worker that dies tells by its connection."""
+        due = self._clock.now() + STALL_CHECK_SECONDS
         while True:
             await asyncio.sleep(STALL_CHECK_SECONDS)
-            for key, reason in self._view.stalled(self._clock.now()).items():
+            now = self._clock.now()
+            if now - due > STALL_CHECK_SECONDS:
+                log.warning("the router was stuck", seconds=round(now - due, 3))
+                self._view.slept(now - due)
+            due = now + STALL_CHECK_SECONDS
+            for key, reason in self._view.stalled(now).items():
                 if self._events is not None:
                     self._events.worker_stalled(key, reason)
 

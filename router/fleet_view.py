@@ -148,6 +148,11 @@ class FleetView:
             self._unified,
         )
 
+    def slept(self, seconds: float) -> None:
+        """For so long this router itself was stopped or stuck: that was nobody's silence, and words may be waiting."""
+        for worker in self._workers.values():
+            worker.seen += seconds
+
     def stalled(self, now: float) -> dict[WorkerKey, str]:
         """The workers that have attempts of ours and don't get on with them, and how we know. Their links stand: to
         stop a worker, or to swallow what it says, breaks no connection."""

@@ -77,6 +77,7 @@ class OperationsApi:
                 draining=self._generation.draining,
                 in_flight=self._dispatcher.in_flight,
                 workers=self._fleet.statuses(),
+                shut_out=self._dispatcher.shut_out,
                 integrity_errors=[*self._fleet.integrity_errors(), *self._admission.integrity_errors()],
             )
         )

@@ -155,5 +155,7 @@ class FleetStatus(msgspec.Struct, frozen=True):
     in_flight: int
     """Choices whose attempts are not over."""
     workers: list[WorkerStatus]
+    shut_out: list[str]
+    """Workers that get work only if there is no other, for what requests have suffered there."""
     integrity_errors: list[str]
     """What does not add up in the router's accounts; always empty, but for a defect."""

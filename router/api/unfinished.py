@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from router.dispatch import ChoiceSpec, Generation
 
-KEPT_TOKENS = 1_000_000
-"""Prompts and outputs of all that are kept: some 40 MB."""
+KEPT_TOKENS = 400_000
+"""Prompts and outputs of all that are kept: some 15 MB."""
 
 
 class _Kept(NamedTuple):

@@ -236,6 +236,7 @@ async def test_a_worker_that_fails_again_and_again_is_left_alone_until_a_probe_g
             while not worker.attempts:
                 await whole_stream(house)
         assert 'baton_breaker_trips_total{role="decode",worker="decode-0"} 1.0' in await metrics_of(house)
+        assert (await house.get("/status"))[1]["shut_out"] == ["decode-0"]
         worker.behaviour = Behaviour()
         await asyncio.gather(*(house.complete(max_tokens=4) for _ in range(6)))
         assert len(worker.attempts) == 1, "it is shut: others do its work"

@@ -179,3 +179,12 @@ def test_a_worker_stalls_when_it_is_silent_or_says_so_while_it_has_work_of_ours(
     view.release(WorkerKey("p0", 1), fence("a"))
     view.unlinked(WorkerKey("d0", 1))
     assert view.stalled(1.0 + LEASE) == {}, "nothing to take away; and a broken link tells by itself"
+
+
+def test_a_router_that_was_stuck_itself_takes_nobody_for_silent():
+    view = fleet(member("p0"), member("d0"))
+    view.commit(WorkerKey("d0", 1), fence("a"), 100, 50, prefills=False)
+    view.slept(100.0)
+    assert view.stalled(100.0 + LEASE) == {}
+    assert len(view.snapshot(100.0 + LEASE).decode) == 1
+    assert list(view.stalled(100.1 + LEASE)) == [WorkerKey("d0", 1)], "but from then on it has to speak"
