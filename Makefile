@@ -14,7 +14,7 @@ STAMP := $(VENV)/.baton-setup
 LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-soak test-fault test-gpu bench bench-handoff bench-chat bench-profile \
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-gpu bench bench-handoff bench-chat bench-profile \
 	setup-bench peers bench-peers docs clean
 
 help:  ## list the targets
@@ -76,6 +76,9 @@ test: setup  ## all tests that need no GPU
 
 test-unit: setup  ## the tests that take seconds
 	$(BIN)/pytest tests/unit $(ARGS)
+
+test-sim: setup  ## ten thousand simulated clusters with faults at each state of a request (3 minutes); ARGS="--seed N" tells one
+	$(BIN)/python -m tests.sim $(ARGS)
 
 test-soak: setup  ## thousands of requests, many of whose clients leave: is anything left? (minutes)
 	$(BIN)/pytest tests/process -m soak $(ARGS)
