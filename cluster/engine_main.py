@@ -45,6 +45,10 @@ class EngineContext:
         self.channel.send(message)
         self.channel.flush()
 
+    def expect_silence(self, seconds: float) -> None:
+        """For so long at most the step loop will show no progress, and that is as it should be; 0: it goes on."""
+        self.board.expect_silence(self.clock.now() + seconds)
+
     def send_to_peer(self, worker: str, epoch: int, message: PeerMessage) -> None:
         self.send(ToPeer(worker, epoch, message))
 

@@ -192,10 +192,11 @@ class WorkerHealth(StateMachine[Action]):
 
     def _note(self, progress: Progress, now: float) -> None:
         away = now - self._looked > AWAY_LOOKS * max(self._look_seconds, SHORTEST_PATIENCE / LOOKS_PER_HEARTBEAT)
+        excused = away or now < progress.silent_until
         before = self._seen
         moved = {Part.ENGINE: progress.engine != before.engine, Part.TRANSFERS: progress.transfers != before.transfers}
         for part in Part:
-            if away or moved[part]:
+            if excused or moved[part]:
                 self._moved[part] = now
         self._seen, self._looked = progress, now
 

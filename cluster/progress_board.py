@@ -14,10 +14,11 @@ import msgspec
 
 _PAGE_BYTES = mmap.PAGESIZE
 _ENGINE, _TRANSFERS = 0, 1
-_STEP, _TRANSFER = 0, 1
+_STEP, _TRANSFER, _SILENCE = 0, 1, 2
 _MOMENTS = 64
 """Where the moments begin: a cache line behind the counters."""
 _NEVER = 0.0
+"""Before any moment."""
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -31,6 +32,8 @@ class Progress(msgspec.Struct, frozen=True):
     """Of the step under way."""
     oldest_transfer: float | None = None
     """When the oldest transfer that is not over began."""
+    silent_until: float = _NEVER
+    """The engine process has said that it may show no progress until then."""
 
 
 class ProgressBoard:
@@ -66,6 +69,10 @@ class ProgressBoard:
     def step_ends(self) -> None:
         self._moments[_STEP] = _NEVER
 
+    def expect_silence(self, until: float) -> None:
+        """What comes now can't be told of in between: it is no stall before `until`."""
+        self._moments[_SILENCE] = until
+
     # --- the engine process, transfer thread -------------------------------------------------------------------------
 
     def transfers_seen(self, oldest: float | None) -> None:
@@ -81,6 +88,7 @@ class ProgressBoard:
             self._counters[_TRANSFERS],
             self._moments[_STEP] or None,
             self._moments[_TRANSFER] or None,
+            self._moments[_SILENCE],
         )
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
         thread.close,
         quarantine,
     )
-    return ProfiledSteps(loop, lambda: engine.steps, context.send), ready
+    return ProfiledSteps(loop, lambda: engine.steps, context.send, context.expect_silence), ready
 
 
 if __name__ == "__main__":

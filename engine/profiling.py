@@ -21,6 +21,9 @@ from cluster.step_loop import StepHandler
 
 log = get_logger(__name__)
 
+LONGEST_SILENCE_SECONDS = 120.0
+"""Writing a long trace takes a minute, in which nothing tells of progress."""
+
 _UNTRACED: AbstractContextManager[object] = nullcontext()
 
 
@@ -36,13 +39,21 @@ class ProfiledSteps:
 
     It answers `StartProfile` and `StopProfile`, by `send`; all else is `inner`'s. While nothing is recorded, a turn of
     the loop costs a comparison more. While something is, each turn is a range "step N" of the trace, with torch's
-    operators in it; writing it holds up the step loop, for a second per 5,000 operators or so.
+    operators in it. Starting holds up the step loop, and so does writing, for a second per 5,000 operators or so:
+    `expect_silence` is told beforehand for how many seconds at most, and 0 when it is over.
     """
 
-    def __init__(self, inner: StepHandler, steps: Callable[[], int], send: Callable[[Message], None]) -> None:
+    def __init__(
+        self,
+        inner: StepHandler,
+        steps: Callable[[], int],
+        send: Callable[[Message], None],
+        expect_silence: Callable[[float], None],
+    ) -> None:
         self._inner = inner
         self._steps = steps
         self._send = send
+        self._expect_silence = expect_silence
         self._recording: _Recording | None = None
 
     def handle(self, message: EngineMessage, now: float) -> None:
@@ -82,8 +93,9 @@ class ProfiledSteps:
         with _writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-        trace = profile(activities=activities, record_shapes=True)
-        trace.start()
+        with self._silence():
+            trace = profile(activities=activities, record_shapes=True)
+            trace.start()
         self._recording = _Recording(file, self._steps() + message.steps, trace)
         return file
 
@@ -93,12 +105,20 @@ class ProfiledSteps:
             raise Conflict("no profile is being recorded")
         file, _, trace = self._recording
         self._recording = None
-        trace.stop()
         unfinished = file.with_name(f".{file.name}")
-        with _writing(file):
+        with self._silence(), _writing(file):
+            trace.stop()
             trace.export_chrome_trace(str(unfinished))
             unfinished.replace(file)
         return file
+
+    @contextmanager
+    def _silence(self) -> Iterator[None]:
+        self._expect_silence(LONGEST_SILENCE_SECONDS)
+        try:
+            yield
+        finally:
+            self._expect_silence(0.0)
 
     def _end_by_itself(self) -> None:
         try:

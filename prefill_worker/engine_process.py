@@ -47,7 +47,7 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     )
     ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current(), speed)
     loop = PrefillLoop(engine, sender, context.send, context.channel.receive_only, context.clock, epoch, thread.close)
-    return ProfiledSteps(loop, lambda: engine.steps, context.send), ready
+    return ProfiledSteps(loop, lambda: engine.steps, context.send, context.expect_silence), ready
 
 
 if __name__ == "__main__":

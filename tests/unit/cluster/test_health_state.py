@@ -40,6 +40,7 @@ class Watched:
         self.engine = 0
         self.transfers = 0
         self.step_began: float | None = None
+        self.silent_until = 0.0
         self.actions = self.health.handle(EngineUp(), self.now)
 
     def look(self, *, engine: bool = True, transfers: bool = True, after: float = LOOK) -> None:
@@ -47,7 +48,7 @@ class Watched:
         self.now += after
         self.engine += engine
         self.transfers += transfers
-        progress = Progress(self.engine, self.transfers, self.step_began, None)
+        progress = Progress(self.engine, self.transfers, self.step_began, None, self.silent_until)
         self.actions += self.health.handle(Looked(progress), self.now)
 
     def looks(self, seconds: float, **moves: bool) -> None:
@@ -122,6 +123,14 @@ def test_nobody_is_judged_for_the_time_in_which_we_did_not_run_ourselves(watched
     assert watched.health.state is HealthState.STALLED
 
 
+def test_a_silence_that_was_announced_is_no_stall_until_it_is_over(watched):
+    watched.silent_until = watched.now + 20.0
+    watched.looks(19.0, engine=False, transfers=False)
+    assert watched.health.ready
+    watched.looks(4.0, engine=False)
+    assert watched.health.state is HealthState.STALLED
+
+
 def test_the_counters_of_a_new_engine_are_not_compared_with_those_of_the_old_one(watched):
     watched.health.handle(EngineDied("signal SIGKILL"), watched.now)
     assert watched.health.state is HealthState.RESTARTING
@@ -173,6 +182,7 @@ def test_a_board_shows_in_one_process_what_another_marks():
     assert ours.read() == Progress(2, 1, 5.0, 4.0)
     theirs.step_ends()
     theirs.transfers_seen(None)
-    assert ours.read() == Progress(2, 2)
+    theirs.expect_silence(6.0)
+    assert ours.read() == Progress(2, 2, silent_until=6.0)
     theirs.close()
     ours.close()

@@ -13,7 +13,7 @@ from cluster.messages import (
     Load,
 )
 from engine.linear import make_linear
-from engine.profiling import ProfiledSteps
+from engine.profiling import LONGEST_SILENCE_SECONDS, ProfiledSteps
 
 
 class Handler:
@@ -54,8 +54,13 @@ def said():
 
 
 @pytest.fixture
-def profiled(handler, said):
-    return ProfiledSteps(handler, lambda: handler.steps, said.append)
+def silences():
+    return []
+
+
+@pytest.fixture
+def profiled(handler, said, silences):
+    return ProfiledSteps(handler, lambda: handler.steps, said.append, silences.append)
 
 
 def names(file):
@@ -63,7 +68,7 @@ def names(file):
     return [event["name"] for event in events if event.get("cat") in ("cpu_op", "user_annotation")]
 
 
-def test_a_trace_has_each_step_and_the_products_in_it(profiled, handler, said, tmp_path):
+def test_a_trace_has_each_step_and_the_products_in_it(profiled, handler, said, silences, tmp_path):
     file = tmp_path / "new" / "folder" / "one.trace.json.gz"
     profiled.step(0.0)
     profiled.handle(StartProfile(str(file), 3), 0.0)
@@ -75,6 +80,8 @@ def test_a_trace_has_each_step_and_the_products_in_it(profiled, handler, said, t
     assert sum("linear" in name for name in found) >= 3
     assert list(file.parent.iterdir()) == [file], "nothing half written stays"
     assert handler.steps == 6 and profiled.load() == Load(steps=6)
+    silence = [LONGEST_SILENCE_SECONDS, 0.0]
+    assert silences == [*silence, *silence], "of the start and of the writing, each announced and over"
 
 
 def test_turns_without_work_do_not_count(profiled, handler, said, tmp_path):
