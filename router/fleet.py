@@ -34,6 +34,8 @@ HELLO_SECONDS = 5.0
 
 STALL_CHECK_SECONDS = 0.1
 """How often silent workers are looked for."""
+STUCK_SECONDS = 0.5
+"""A look that is late by so much says that the router itself had no time to hear anybody."""
 
 ANY_REQUEST = Need(prompt=1, output=2)
 """The smallest request that takes both legs."""
@@ -153,7 +155,7 @@ class Fleet:
         while True:
             await asyncio.sleep(STALL_CHECK_SECONDS)
             now = self._clock.now()
-            if now - due > STALL_CHECK_SECONDS:
+            if now - due > STUCK_SECONDS:
                 log.warning("the router was stuck", seconds=round(now - due, 3))
                 self._view.slept(now - due)
             due = now + STALL_CHECK_SECONDS
