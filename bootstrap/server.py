@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from bootstrap.roster_state import Announce, RosterState
 from cluster.clock import Clock
 from cluster.config import Bootstrap
-from cluster.errors import ProtocolError, UnknownMessage
+from cluster.errors import ProtocolError, StaleFence, UnknownMessage
 from cluster.layout import SCHEMA_VERSION
 from cluster.links import Link, LinkClosed, accept
 from cluster.logging import get_logger
@@ -64,6 +64,7 @@ class BootstrapServer:
                     member = message.member
                     link.post(Registered(self._config.heartbeat_seconds, self._config.lease_seconds))
                 elif isinstance(message, Heartbeat | Leave):
+                    self._require_own(message, member)
                     self._announce(self._state.handle(message, now))
                 else:
                     raise UnknownMessage(f"{type(message).__name__} does not belong on a member's link")
@@ -131,6 +132,14 @@ class BootstrapServer:
                 self._metrics.left()
             for link in self._watchers:
                 link.post(message)
+
+    @staticmethod
+    def _require_own(message: Heartbeat | Leave, member: Member | None) -> None:
+        """A link speaks for the member that registered on it, and for no other."""
+        if member is None or (message.worker, message.epoch) != (member.worker, member.epoch):
+            found = f"{message.worker} of epoch {message.epoch}"
+            registered = "nobody" if member is None else f"{member.worker} of epoch {member.epoch}"
+            raise StaleFence(f"this link is for {registered}, not for {found}")
 
     @staticmethod
     def _require_version(version: int) -> None:

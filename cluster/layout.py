@@ -11,14 +11,17 @@ row. Two workers can hand over to each other when their fingerprints are equal.
 from __future__ import annotations
 
 import hashlib
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from cluster.errors import LayoutMismatch
 
 SCHEMA_VERSION = 1
 """Version of the messages and of the page format; both ends of a connection must have the same."""
 
+Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -27,11 +30,11 @@ class KVLayout(msgspec.Struct, frozen=True):
 
     model: str
     dtype: str
-    page_size: int
-    layers: int
-    kv_heads: int
-    head_dim: int
-    shards: int = 1
+    page_size: Positive
+    layers: Positive
+    kv_heads: Positive
+    head_dim: Positive
+    shards: Positive = 1
     digest: str = "xxh3_64"
     version: int = SCHEMA_VERSION
 

@@ -2,7 +2,8 @@
 `cluster.engine_messages`.
 
 All are frozen, tagged by type name and decoded by type. Lengths are in tokens, times in seconds, sizes in bytes.
-`encode` and `decode` are msgpack; `decode` raises `UnknownMessage` for what is not one of these.
+`encode` and `decode` are msgpack; `decode` raises `UnknownMessage` for what is not one of these, or would break whoever
+computes with it: a layout without layers, a temperature that is no number.
 
     router  <-> worker      RouterHello/WorkerHello, PrefillAttempt, DecodeAttempt, CancelAttempt
                             -> AttemptStarted, Tokens, AttemptFinished, AttemptFailed, Heartbeat
@@ -15,12 +16,15 @@ All are frozen, tagged by type name and decoded by type. Lengths are in tokens, 
 from __future__ import annotations
 
 from enum import Enum
-from typing import Union
+from typing import Annotated, Union
 
 import msgspec
+from msgspec import Meta
 
 from cluster.errors import ErrorInfo, UnknownMessage
-from cluster.layout import SCHEMA_VERSION, KVLayout
+from cluster.layout import SCHEMA_VERSION, KVLayout, Positive
+
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -64,8 +68,8 @@ class ModelCard(msgspec.Struct, frozen=True):
     """What the router must know of the model that a worker serves."""
 
     name: str
-    context_length: int
-    vocab_size: int
+    context_length: Positive
+    vocab_size: Positive
 
 
 class Speed(msgspec.Struct, frozen=True):
@@ -89,8 +93,8 @@ class Member(msgspec.Struct, frozen=True):
     layout: KVLayout
     model: ModelCard
     transfer: str
-    pool_pages: int
-    max_running: int
+    pool_pages: Positive
+    max_running: Positive
     speed: Speed | None = None
 
 
@@ -138,15 +142,15 @@ class Sampling(msgspec.Struct, frozen=True):
     model's distribution before temperature, penalties and filters.
     """
 
-    max_tokens: int
-    seed: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    stop_token_ids: list[int] = []
+    max_tokens: Positive
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Count = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    stop_token_ids: list[Count] = []
     """End-of-sequence tokens included, unless the request ignores them."""
     logprobs: int | None = None
 
@@ -332,7 +336,7 @@ class Offer(Message, frozen=True):
     """P -> D: I have begun on this request; give me pages for `tokens` tokens of KV."""
 
     fence: Fence
-    tokens: int
+    tokens: Positive
 
 
 class Grant(Message, frozen=True):
@@ -343,15 +347,15 @@ class Grant(Message, frozen=True):
     """
 
     fence: Fence
-    pages: list[int]
-    skip_tokens: int = 0
+    pages: list[Count]
+    skip_tokens: Count = 0
 
 
 class Done(Message, frozen=True):
     """P -> D: all pages are written and no write is under way. `digests[i]` is of `Grant.pages[i]`."""
 
     fence: Fence
-    first_token: int
+    first_token: Count
     digests: list[int]
 
 
@@ -473,6 +477,6 @@ def decode(frame: bytes | bytearray | memoryview) -> AnyMessage:
     """Raises `UnknownMessage`, with what was wrong, unless `frame` is exactly one message."""
     try:
         message: AnyMessage = _decoder.decode(frame)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UnknownMessage(f"not a message of schema version {SCHEMA_VERSION}: {error}") from error
     return message
