@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import aiohttp
 
@@ -26,6 +26,7 @@ RECORD_SECONDS = 0.02
 """Between two looks at the records of those who wait for their first token."""
 WHOLE_SECONDS = 90.0
 """A worker, a router or bootstrap that is not back by then does not come back."""
+Found = TypeVar("Found")
 HOUSEHOLD = {Kind.KILL_ROUTER: "router", Kind.KILL_BOOTSTRAP: "bootstrap"}
 
 
@@ -99,22 +100,17 @@ class Campaign:
     # --- strikes -----------------------------------------------------------------------------------------------------
 
     async def _strike_worker(self, fault: Fault, role: Role, draw: random.Random) -> None:
-        before: dict[str, int] = {}
-
-        async def whole() -> bool:
-            status = await self._watch.status()
-            before.update(status.ready(role) if status is not None else {})
-            return len(before) == 2
-
-        await self._until(whole, f"both {role.value} workers are there")
+        before = await self._until(lambda: self._watch.pool(role), f"all {role.value} workers are there")
         aim = await self._aim(fault.moment, role, draw)
         victim = draw.choice(sorted(before)) if aim is None else aim.worker
         self._note(fault, victim, aim)
         await self._hands.strike(fault.kind, victim)
-        replaced = victim if fault.kind in DEATHS else None
-        await self._until(
-            lambda: self._watch.pool_is_whole(fault.lane, before, replaced), f"{victim} is back after {fault}"
-        )
+
+        async def back() -> bool:
+            epochs = await self._watch.pool(role)
+            return epochs is not None and (fault.kind not in DEATHS or epochs[victim] != before[victim])
+
+        await self._until(back, f"{victim} is back after {fault}")
 
     async def _strike_house(self, fault: Fault) -> None:
         aim = await self._aim(fault.moment, Role.DECODE, random.Random(0))
@@ -139,12 +135,14 @@ class Campaign:
             f"{len(self._crowd.judged)} requests have ended, {failed} of them wrongly"
         )
 
-    async def _until(self, condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    async def _until(self, look: Callable[[], Awaitable[Found | None]], what: str) -> Found:
+        """Looks until something is found. Raises `NotWhole`."""
         deadline = time.monotonic() + WHOLE_SECONDS
-        while not await condition():
+        while not (found := await look()):
             if time.monotonic() > deadline:
                 raise NotWhole(f"not within {WHOLE_SECONDS:g} s: {what}")
             await asyncio.sleep(POLL_SECONDS)
+        return found
 
     # --- aims --------------------------------------------------------------------------------------------------------
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Final
 
 import aiohttp
 import msgspec
 
 from cluster.messages import Load, Role
-from tests.fault.plan import Lane, Moment
+from tests.fault.plan import Moment
 from tests.fault.reading import Outage, Reading
 
 PROBE_SECONDS = 2.0
 POLL_SECONDS = 0.1
+WORKERS_OF_A_POOL = 2
 
 
 class AttemptRecord(msgspec.Struct, frozen=True):
@@ -109,15 +110,11 @@ class Watch:
         """Whether the router would take a request now."""
         return await self._get(f"{self._url}/health") is not None
 
-    async def pool_is_whole(self, lane: Lane, before: Mapping[str, int], replaced: str | None) -> bool:
-        """Whether all workers of `before` are ready, the one that was `replaced` with another epoch."""
+    async def pool(self, role: Role) -> dict[str, int] | None:
+        """The epochs of its workers, if all can take work."""
         status = await self.status()
-        if status is None or lane.role is None:
-            return False
-        ready = status.ready(lane.role)
-        if replaced is not None and ready.get(replaced) == before[replaced]:
-            return False
-        return ready.keys() == before.keys()
+        ready = status.ready(role) if status is not None else {}
+        return ready if len(ready) == WORKERS_OF_A_POOL else None
 
     async def _get(self, url: str) -> bytes | None:
         try:
