@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from cluster.config import Network
 from cluster.errors import from_info
 from cluster.messages import Fence, Role
 from kv_transfer.receiver import HandoffFailed, KVArrived, LeaseEnded
+from tests.process.conditions import NETWORK, PACE
 from tests.process.transfer_pair import DECODE_EPOCH, PREFILL_EPOCH, Pair, ended, fence, of
 
 
@@ -88,8 +90,8 @@ def test_pages_that_decode_has_already_are_not_sent(pair):
 
 def test_an_idle_transfer_thread_leaves_the_core_alone(pair):
     pair.sender.post("idle_cpu", 2.0)
-    assert pair.receiver.call("idle_cpu", 2.0) < 0.1
-    assert pair.sender.answer() < 0.1
+    assert pair.receiver.call("idle_cpu", 2.0) < 0.1 * PACE
+    assert pair.sender.answer() < 0.1 * PACE
 
 
 def test_a_killed_writer_gives_the_pages_back_because_the_kernel_says_so(own_pair, transfer):
@@ -102,7 +104,7 @@ def test_a_killed_writer_gives_the_pages_back_because_the_kernel_says_so(own_pai
     failed = pair.until(of(HandoffFailed, handoff), pair.step_receiver)
     assert (failed.error.code, failed.blame) == ("WorkerLost", Role.PREFILL)
     pair.until(of(LeaseEnded, handoff), pair.step_receiver)
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 5.0 * PACE
 
 
 def test_a_killed_receiver_ends_the_sender_and_frees_its_pages(own_pair, transfer):
@@ -118,9 +120,10 @@ def test_a_killed_receiver_ends_the_sender_and_frees_its_pages(own_pair, transfe
     pair.sender.call("computed", second, [1, 2], 32)
     end = pair.until(ended(second), pair.step_sender)
     assert (end.error.code, end.blame) == ("TransferFailed", Role.DECODE)
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - began < 10.0 * PACE
 
 
+@pytest.mark.skipif(NETWORK is Network.RDMA, reason="a NIC goes on writing to a process that was stopped")
 @pytest.mark.parametrize(
     ("transfer", "environment"),
     [("nixl", {"UCX_TLS": "tcp", "UCX_TCP_USER_TIMEOUT": "2s"}), ("mooncake", {"MC_TRANSFER_TIMEOUT": "5"})],

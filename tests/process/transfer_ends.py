@@ -1,8 +1,8 @@
 """Both ends of a transfer as processes of their own, driven by a test through a pipe, call by call.
 
 The parent's half is `Remote`: `remote.call("method", ...)` runs the method of the child's `BackendEnd`, `SenderEnd` or
-`ReceiverEnd`, and raises here what it raised there. Ends are forked from a process that has imported torch, as NIXL
-does: that takes seconds, and most of a minute in the emulated machine of `tests.rdma`.
+`ReceiverEnd`, and raises here what it raised there. Ends are forked from a process that has imported this module, and
+NIXL does without torch in them: both take seconds, and most of a minute in the emulated machine of `tests.rdma`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import mmap
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from multiprocessing import forkserver
@@ -34,8 +35,13 @@ from kv_transfer.driver import WRITE_TIMEOUT_SECONDS
 from kv_transfer.receiver import HandoffReceiver
 from kv_transfer.sender import HandoffSender
 from kv_transfer.thread import TransferThread
+from tests.process.conditions import NETWORK, PACE
 
-ANSWER_SECONDS = 30.0
+ANSWER_SECONDS = 30.0 * PACE
+
+
+def _settings(transfer: str) -> KV:
+    return KV(transfer=TransferName(transfer), network=NETWORK)
 
 
 class SharedPool:
@@ -61,7 +67,7 @@ class BackendEnd:
 
     def __init__(self, transfer: str, agent: str, pages: int, page_bytes: int) -> None:
         self.pool = SharedPool(pages, page_bytes)
-        self.backend = open_backend(KV(transfer=TransferName(transfer)), agent, self.pool.memory, "127.0.0.1")
+        self.backend = open_backend(_settings(transfer), agent, self.pool.memory, "127.0.0.1")
         self._writes: list[WriteHandle] = []
 
     def idle(self) -> None:
@@ -96,6 +102,9 @@ class BackendEnd:
     def poll(self, write: int) -> str:
         return self._writes[write].poll().value
 
+    def restart(self) -> None:
+        self.backend.restart()
+
     def close(self) -> None:
         self.backend.close()
         self.backend.close()
@@ -117,7 +126,7 @@ class _ShellEnd:
         self.layout = KVLayout(**layout)
         self.epoch = epoch
         self.pool = SharedPool(pages, self.layout.page_bytes)
-        self.backend = open_backend(KV(transfer=TransferName(transfer)), self.role.value, self.pool.memory, "127.0.0.1")
+        self.backend = open_backend(_settings(transfer), self.role.value, self.pool.memory, "127.0.0.1")
         self.clock = MonotonicClock()
         self.woken = threading.Event()
         self.oldest: float | None = None
@@ -297,7 +306,7 @@ class Remote:
 def _forks() -> ForkServerContext:
     """Starts the process from which the ends are forked. What they need on LD_LIBRARY_PATH they inherit from it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", __name__])
+    context.set_forkserver_preload([__name__])
     with pytest.MonkeyPatch.context() as patch:
         for name, value in backend_environment(TransferName.MOONCAKE).items():
             patch.setenv(name, value)
@@ -308,6 +317,7 @@ def _forks() -> ForkServerContext:
 def serve(connection: Connection, environment: dict[str, str]) -> None:
     """The child's loop, until the parent hangs up. `environment` is there before an engine is loaded."""
     os.environ.update(environment)
+    sys.modules["torch"] = None  # type: ignore[assignment]  # it can't be imported; NIXL would, to see its version
     kind, arguments = connection.recv()
     end = ENDS[kind](*arguments)
     connection.send(None)
