@@ -338,7 +338,8 @@ class RequestMachine(StateMachine[Action]):
 
     def _tokens(self, event: TokensArrived, now: float) -> list[Action]:
         for emitted in event.tokens:
-            if emitted.offset >= self.delivered:
+            # A worker that goes on and on fills neither our memory nor the client's.
+            if self.delivered <= emitted.offset < self._sampling.max_tokens:
                 self._ahead.setdefault(emitted.offset, emitted)
             # Only a decode leg gives an attempt's second token, and it gives it after it has taken over the KV.
             self._taken_over |= emitted.offset > self._resumed_at

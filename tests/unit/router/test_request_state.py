@@ -631,3 +631,10 @@ def test_whatever_fails_the_client_gets_each_token_once_in_order_and_one_end(dat
     assert world.answer == [100 + offset for offset in range(LENGTH)]
     assert world.ends == [Finish(FinishReason.LENGTH)]
     assert world.owned == [] and world.forgotten == 1
+
+
+def test_a_worker_that_gives_more_than_was_asked_for_fills_no_memory_and_the_client_gets_its_own():
+    machine, actions = machine_after([Placed(P, D), *(token(offset) for offset in (10**9, *range(20)))])
+    delivered = [emitted.offset for action in actions if isinstance(action, Deliver) for emitted in action.tokens]
+    assert delivered == list(range(8))
+    assert not machine._ahead
