@@ -295,9 +295,10 @@ class AttemptFailed(Message, frozen=True):
 
 
 class RouterHello(Message, frozen=True):
-    """First frame of a router's connection to a worker."""
+    """First frame of a router's connection to a worker. `epoch`: the life of the worker that it means; 0: any."""
 
     router: str
+    epoch: int = 0
     version: int = SCHEMA_VERSION
 
 

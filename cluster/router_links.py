@@ -14,7 +14,7 @@ from aiohttp import web
 
 from cluster.clock import Clock
 from cluster.engine_messages import FromRouter, RouterGone, ToRouter
-from cluster.errors import Draining, ProtocolError, UnknownMessage
+from cluster.errors import Draining, ProtocolError, StaleFence, UnknownMessage
 from cluster.layout import SCHEMA_VERSION
 from cluster.links import Link, LinkClosed, accept
 from cluster.logging import get_logger
@@ -180,6 +180,9 @@ class RouterLinks:
             )
         if self._member is None or self._draining:
             raise Draining(f"{self._worker} is not taking requests")
+        if hello.epoch not in (0, self._member.epoch):
+            # A dial that was under way when we came back. It must not replace the connection that is meant for us.
+            raise StaleFence(f"{self._worker} is of epoch {self._member.epoch} now, not {hello.epoch}")
         if hello.router in self._links:
             self._post(RouterGone(hello.router))
         self._links[hello.router] = link

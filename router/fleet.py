@@ -205,7 +205,7 @@ class Fleet:
         link = await dial(self._session, f"{member.url}/router")
         reason = "the router is stopping"
         try:
-            link.post(RouterHello(self._router_id))
+            link.post(RouterHello(self._router_id, member.epoch))
             await self._expect_hello(link, member)
             backoff.reset()
             self._links[key] = link

@@ -89,9 +89,9 @@ class House:
         (child,) = psutil.Process().children()
         return child
 
-    async def dial(self, http, router: str) -> Link:
+    async def dial(self, http, router: str, epoch: int = 0) -> Link:
         self.links.append(await dial(http, f"{self.url}/router"))
-        self.links[-1].post(RouterHello(router))
+        self.links[-1].post(RouterHello(router, epoch))
         return self.links[-1]
 
     async def close(self) -> None:
@@ -204,6 +204,18 @@ async def test_a_dead_engine_process_is_replaced_at_once_and_everybody_is_told(h
         metrics = await response.text()
     assert 'baton_engine_restarts_total{cause="death",role="decode",worker="w"} 1.0' in metrics
     assert 'baton_ready{role="decode",worker="w"} 1.0' in metrics
+
+
+async def test_a_hello_meant_for_an_earlier_life_does_not_take_the_place_of_the_routers_connection(house, http):
+    """A dial that was under way when the worker came back may arrive after the one that is meant for it."""
+    member = await house.up()
+    link = await house.dial(http, "r", member.epoch)
+    assert isinstance(await link.receive(), WorkerHello)
+    late = await house.dial(http, "r", member.epoch - 1)
+    refused = await late.receive()
+    assert isinstance(refused, Refused) and refused.error.code == "StaleFence"
+    for _ in range(3):
+        assert isinstance(await link.receive(), Heartbeat), "the router still hears of it"
 
 
 async def test_an_engine_process_that_dies_again_and_again_is_given_up_with_its_reason(house):
