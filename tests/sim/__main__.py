@@ -15,6 +15,7 @@ from tests.sim.simulation import Outcome, run_seeds, simulate, simulated_world
 SEEDS = 10_000
 SEEDS_AT_ONCE = 50
 FAILURES_SHOWN = 10
+MISSED_SHOWN = 40
 
 
 def tell(seed: int) -> int:
@@ -59,8 +60,8 @@ def report(coverage: Counter[Cell]) -> list[Cell]:
         cells = [cell for cell in CELLS if cell.fault is fault]
         strikes = [coverage[cell] for cell in cells]
         hit = sum(count > 0 for count in strikes)
-        print(f"{fault.value:45} {sum(strikes):6} times, in {hit} of {len(cells)} states, at least {min(strikes)} each")
-    for cell in missed:
+        print(f"{fault.value:50} {sum(strikes):6} times, in {hit} of {len(cells)} states, at least {min(strikes)} each")
+    for cell in missed[:MISSED_SHOWN]:
         print(f"never: {cell.fault.value}, at {cell.journey}")
     return missed
 

@@ -163,7 +163,7 @@ class SimCluster:
         for number in range(self.shape.requests):
             client = self._client(f"r{number}")
             self.clients.append(client)
-            self.loop.at(self.random.uniform(0.0, self.shape.spread_seconds), None, client.ask)
+            client.ask_in(self.random.uniform(0.0, self.shape.spread_seconds))
 
     def _client(self, name: str) -> Client:
         random = self.random
@@ -229,7 +229,7 @@ class SimCluster:
         self.loop.at(self.random.uniform(*ROUTER_RESTART_SECONDS), None, self._start_router)
         for client in self.clients:
             if client.connections and not client.ended:
-                self.loop.at(self.random.uniform(0.01, 0.2), None, client.ask)
+                client.ask_in(self.random.uniform(0.01, 0.2))
 
     def kill_bootstrap(self) -> None:
         if not self.bootstrap.strand.alive:

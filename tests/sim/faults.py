@@ -26,6 +26,7 @@ from tests.sim.kernel import Strand
 
 if TYPE_CHECKING:
     from tests.sim.cluster import SimCluster
+    from tests.sim.router import Client
     from tests.sim.workers import SimWorker
 
 
@@ -59,6 +60,7 @@ class Fault(str, Enum):
     ROUTER_KILLED = "router killed"
     BOOTSTRAP_KILLED = "bootstrap killed"
     CLIENT_LEAVES = "client leaves"
+    CLIENT_RECONNECTS = "client loses its connection and asks for the rest"
 
 
 JOURNEY: dict[type[StateMachine[Any]], tuple[Enum, ...]] = {
@@ -305,13 +307,23 @@ class Director:
         return True
 
     def leave(self, request: str) -> bool:
-        """Request ids are CLIENT-CONNECTION-CHOICE."""
+        client = self._client_of(request)
+        if client is None:
+            return False
+        client.leave()
+        return True
+
+    def reconnect(self, request: str) -> bool:
+        client = self._client_of(request)
+        if client is None or not self._cluster.router.strand.alive:
+            return False
+        client.reconnect(self._random.uniform(0.0, 1.0))
+        return True
+
+    def _client_of(self, request: str) -> Client | None:
+        """Who still waits for it. Request ids are CLIENT-CONNECTION-CHOICE."""
         name = request.split("-", 1)[0]
-        for client in self._cluster.clients:
-            if client.name == name and not client.ended:
-                client.leave()
-                return True
-        return False
+        return next((client for client in self._cluster.clients if client.name == name and not client.ended), None)
 
     def _lasts(self, seconds: float) -> None:
         self.quiet_from = max(self.quiet_from, self._cluster.loop.now() + seconds)
@@ -387,4 +399,5 @@ STRIKES: dict[Fault, Callable[[Director, _Target], bool]] = {
     Fault.ROUTER_KILLED: lambda d, t: d.kill_router(),
     Fault.BOOTSTRAP_KILLED: lambda d, t: d.kill_bootstrap(),
     Fault.CLIENT_LEAVES: lambda d, t: d.leave(t.request),
+    Fault.CLIENT_RECONNECTS: lambda d, t: d.reconnect(t.request),
 }

@@ -21,7 +21,7 @@ from router.fleet_view import FleetView
 from router.policies import LeastLoad, Policy
 from router.records import RecordStore
 from router.request_state import RequestMachine, WorkerKey
-from tests.sim.kernel import Strand, Violation
+from tests.sim.kernel import Strand, Timer, Violation
 from tests.sim.model import reference
 from tests.sim.network import Session
 
@@ -38,15 +38,14 @@ class SimFleet(Fleet):
     def __init__(self, *parts: Any) -> None:
         super().__init__(*parts)
         self.machines: dict[str, RequestMachine] = {}
-        """Of the choices under way, by request id."""
+        """Of the choices that were placed, by request id."""
 
     def post(self, key: WorkerKey, message: Message) -> None:
         if isinstance(message, PrefillAttempt | DecodeAttempt):
             machine = self.machines.get(message.fence.request)
-            delivered = machine.delivered if machine else 0
-            if len(message.output) != delivered:
+            if machine is not None and len(message.output) != machine.delivered:
                 raise Violation(
-                    f"{message.fence} begins after {len(message.output)} tokens, the client has {delivered}"
+                    f"{message.fence} begins after {len(message.output)} tokens, the client has {machine.delivered}"
                 )
         super().post(key, message)
 
@@ -63,9 +62,8 @@ class SimRouter:
             view = FleetView(cluster.topology.bootstrap.lease_seconds, unified=unified)
             policy = _policy(cluster.topology)
             self.fleet = SimFleet(session, "http://bootstrap", name, view, policy, cluster.loop, metrics)
-            self.dispatcher = Dispatcher(
-                self.fleet, RecordStore(), metrics, cluster.loop, REQUEST_TIMEOUT, cluster.topology.router.recovery
-            )
+            recovery = cluster.topology.router.recovery
+            self.dispatcher = Dispatcher(self.fleet, RecordStore(), metrics, cluster.loop, recovery)
             self.fleet.listen(self.dispatcher)
             cluster.loop.spawn(self.strand, self.fleet.run())
 
@@ -115,40 +113,61 @@ class Client:
         self.connections = 0
         self.choices = [Choice(ChoiceSpec(prompt, one), reference(prompt, one)) for one in samplings]
         self.serving: asyncio.Task[None] | None = None
+        self._asking: Timer | None = None
 
     @property
     def ended(self) -> bool:
         return self.gone or all(choice.end is not None for choice in self.choices)
 
-    def ask(self) -> None:
-        """Sends the request, or what is left of it, to the router that is there."""
+    def ask_in(self, seconds: float) -> None:
+        """Sends the request, or what is left of it; one at a time."""
+        if self._asking is not None:
+            self._asking.cancel()
+        self._asking = self.cluster.loop.at(seconds, None, self._ask)
+
+    def _ask(self) -> None:
         router = self.cluster.router
         if self.ended:
             return
         if not router.strand.alive:
-            self.cluster.loop.at(RETRY_AFTER, None, self.ask)
+            self.ask_in(RETRY_AFTER)
             return
         self.connections += 1
         self.serving = self.cluster.loop.spawn(router.strand, self._serve(router))
 
     def leave(self) -> None:
-        """The client closes its connection: the router's handler is cancelled, as aiohttp does it."""
+        """The client goes for good."""
         self.gone = True
+        self._disconnect()
+
+    def reconnect(self, delay: float) -> None:
+        """Its connection breaks, and it asks again for the rest."""
+        self._disconnect()
+        self.ask_in(delay)
+
+    def _disconnect(self) -> None:
+        """The router's handler is cancelled, as aiohttp does it."""
         if self.serving is not None:
             with self.cluster.loop.running(self.cluster.router.strand):
                 self.serving.cancel()
 
     async def _serve(self, router: SimRouter) -> None:
-        """What the router's HTTP handler does."""
-        skip = [len(choice.tokens) for choice in self.choices]
-        specs = [choice.spec for choice in self.choices]
+        """What the router's HTTP handler does. A router that still knows what the client has does not compute it again,
+        another one leaves it out."""
+        known = self.cluster.random.random() < 0.5
+        begun = [known and 0 < len(choice.tokens) < len(choice.expected) for choice in self.choices]
+        skip = [0 if begins else len(choice.tokens) for choice, begins in zip(self.choices, begun, strict=True)]
+        specs = [
+            choice.spec._replace(output=tuple(choice.tokens)) if begins else choice.spec
+            for choice, begins in zip(self.choices, begun, strict=True)
+        ]
         try:
             generation = router.dispatcher.begin(
-                f"{self.name}-{self.connections}", self.name, specs, self.cluster.loop.now(), 0.0
+                f"{self.name}-{self.connections}", self.name, specs, self.cluster.loop.now(), 0.0, REQUEST_TIMEOUT
             )
         except AvailabilityError:
             self.refusals += 1
-            self.cluster.loop.at(RETRY_AFTER, None, self.ask)
+            self.ask_in(RETRY_AFTER)
             return
         router.fleet.machines |= {choice.machine.name: choice.machine for choice in generation.choices}
         try:
