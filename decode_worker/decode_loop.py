@@ -117,10 +117,14 @@ class DecodeLoop:
             self._receiver.peer_up(message.hello)
         elif isinstance(message, PeerDown):
             self._receiver.peer_down(message.worker, message.epoch)
-        elif isinstance(message.message, Offer | Done | Aborted | DeathWitnessed):
+        elif isinstance(message.message, Offer | Done | Aborted | DeathWitnessed) and not self._is_lie(message.message):
             self._receiver.receive(message.worker, message.epoch, message.message)
         else:
             self._stale += 1
+
+    def _is_lie(self, message: Offer | Done | Aborted | DeathWitnessed) -> bool:
+        """A first token that the model does not have would end the step that embeds it, and all others' with it."""
+        return isinstance(message, Done) and message.first_token >= self._engine.model.vocab_size
 
     def _from_router(self, envelope: FromRouter, now: float) -> None:
         message = envelope.message

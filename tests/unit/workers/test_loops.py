@@ -388,6 +388,28 @@ def test_damaged_pages_fail_the_request_and_nothing_is_decoded_from_them(pair):
     pair.assert_nothing_left()
 
 
+def test_a_first_token_that_no_model_has_is_refused_and_counted_and_harms_nobody_else(pair):
+    liar, other = pair.request("liar", prompt(40), GREEDY), pair.request("other", prompt(24), GREEDY)
+    honest = pair.decode.handle
+
+    def lied_to(message, now):
+        if isinstance(message, FromPeer) and isinstance(message.message, Done) and message.message.fence == liar:
+            message = msgspec.structs.replace(
+                message, message=msgspec.structs.replace(message.message, first_token=10**6)
+            )
+        honest(message, now)
+
+    pair.decode.handle = lied_to
+    pair.settle()
+    assert pair.decode.load().stale_messages >= 1
+    assert len(pair.tokens(other)) == GREEDY.max_tokens
+    assert len(pair.tokens(liar)) <= 1
+    pair.cancel(liar)
+    pair.decode.handle = honest
+    pair.settle()
+    pair.assert_nothing_left()
+
+
 @pytest.mark.parametrize("moment", range(14))
 def test_a_broken_connection_fails_the_request_at_once_and_pages_wait_for_the_writers_word(pair, moment):
     fence = pair.request("cut", prompt(40), GREEDY)
