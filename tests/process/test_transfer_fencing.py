@@ -6,26 +6,38 @@ until the sockets' buffers are full: more of it is always on its way.
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from cluster.config import Network
 from cluster.errors import TransferStuck
 from cluster.messages import Abort, Aborted, Fence, decode
-from kv_transfer.receiver import KVArrived, LeaseEnded
-from kv_transfer.thread import IDLE_SECONDS
-from tests.process.transfer_ends import Remote
-from tests.process.transfer_pair import PREFILL_EPOCH, Pair, ended, fence, of
+from kv_transfer.receiver import LeaseEnded
+from tests.process.conditions import NETWORK
+from tests.process.transfer_pair import (
+    PREFILL_EPOCH,
+    SOURCES,
+    TARGETS,
+    TOKENS_PER_PAGE,
+    Pair,
+    cancelled_but_kept,
+    ended,
+    fence,
+    hand_over,
+    of,
+    pause,
+    resume,
+    reused_pages_stay_untouched,
+)
 
-TOKENS_PER_PAGE = 16
+pytestmark = pytest.mark.skipif(
+    NETWORK is Network.RDMA, reason="tests/rdma has these for RDMA, which has no such buffers"
+)
+
 LAYERS = 48
 """So that 58 pages are 34 MB, several times what all buffers between two processes hold."""
-SOURCES, TARGETS = list(range(58)), list(range(2, 60))
-OTHERS = [60, 61, 62, 63]
-"""Pages of the receiver that are used by somebody else all the time."""
 NEVER_BY_THEMSELVES = {
     "nixl": {"UCX_TLS": "tcp", "UCX_TCP_USER_TIMEOUT": "100s"},
     "mooncake": {"MC_TRANSFER_TIMEOUT": "60"},
@@ -43,24 +55,12 @@ def start() -> Iterator[Callable[..., Pair]]:
         pairs.append(pair)
         pair.connect()
         hand_over(pair, fence("warm"), [1], [1])
-        for page in OTHERS:
-            pair.receiver.call("fill", page, 9)
+        pair.use_others()
         return pair
 
     yield start_pair
     for pair in pairs:
         pair.kill()
-
-
-def hand_over(pair: Pair, handoff: Fence, sources: list[int], targets: list[int]) -> None:
-    """To a good end."""
-    tokens = len(sources) * TOKENS_PER_PAGE
-    pair.grant(handoff, tokens, targets)
-    pair.sender.call("computed", handoff, sources, tokens)
-    pair.sender.call("finish", handoff, 1)
-    pair.until(of(KVArrived, handoff))
-    assert pair.until(ended(handoff)).error is None
-    assert pair.receiver.call("digests", targets) == pair.sender.call("digests", sources)
 
 
 def caught_in_the_middle(pair: Pair, handoff: Fence) -> list[int]:
@@ -75,38 +75,6 @@ def caught_in_the_middle(pair: Pair, handoff: Fence) -> list[int]:
     while not pair.sender.call("under_way"):
         assert time.monotonic() < deadline, "nothing is written"
     return written
-
-
-def pause(end: Remote) -> None:
-    os.kill(end.process.pid, signal.SIGSTOP)
-
-
-def resume(end: Remote) -> None:
-    os.kill(end.process.pid, signal.SIGCONT)
-
-
-def cancelled_but_kept(pair: Pair, handoff: Fence) -> None:
-    """The receiver wants its pages back; while the writer says nothing, and is not dead, it does not get them."""
-    resume(pair.receiver)
-    pair.receiver.call("cancel", handoff)
-    until = time.monotonic() + 0.6
-    while time.monotonic() < until:
-        pair.step_receiver()
-    assert pair.receiver.call("quarantined") == 1
-    assert not pair.events
-
-
-def reused_pages_stay_untouched(pair: Pair) -> None:
-    """For longer than the idle writer's transfer thread looks away from its engine."""
-    for page in TARGETS:
-        pair.receiver.call("fill", page, 6)
-    reused = pair.receiver.call("digests", TARGETS)
-    others = pair.receiver.call("digests", OTHERS)
-    pair.receiver.call("idle_cpu", 2 * IDLE_SECONDS)
-    assert pair.receiver.call("digests", TARGETS) == reused
-    for page in OTHERS:
-        pair.receiver.call("fill", page, 9)
-    assert pair.receiver.call("digests", OTHERS) == others, "nor was what others used all the time"
 
 
 @pytest.mark.parametrize("transfer", ["nixl", "mooncake"])

@@ -1,20 +1,27 @@
-"""A sender and a receiver over a real transfer engine, for tests of whole handoffs."""
+"""A sender and a receiver over a real transfer engine, for tests of whole handoffs and of what never must happen."""
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
 from cluster.messages import Fence
 from kv_transfer.driver import WRITE_TIMEOUT_SECONDS
-from kv_transfer.receiver import OfferArrived
+from kv_transfer.receiver import KVArrived, OfferArrived
+from kv_transfer.thread import IDLE_SECONDS
 from tests.process.conditions import PACE
 from tests.process.transfer_ends import ReceiverEnd, Remote, SenderEnd
 
-LAYOUT = {"model": "test", "dtype": "bfloat16", "page_size": 16, "kv_heads": 3, "head_dim": 64}
 PREFILL_EPOCH, DECODE_EPOCH = 11, 22
 PAGES = 64
+TOKENS_PER_PAGE = 16
+LAYOUT = {"model": "test", "dtype": "bfloat16", "page_size": TOKENS_PER_PAGE, "kv_heads": 3, "head_dim": 64}
+SOURCES, TARGETS = list(range(58)), list(range(2, 60))
+OTHERS = [60, 61, 62, 63]
+"""Pages of the receiver that are used by somebody else all the time."""
 BOUND = 20.0 * PACE
 """Seconds that anything may take; what takes less is asserted where it matters."""
 
@@ -76,6 +83,10 @@ class Pair:
         self.step_receiver()
         self.step_sender()
 
+    def use_others(self) -> None:
+        for page in OTHERS:
+            self.receiver.call("fill", page, 9)
+
     def kill(self) -> None:
         self.sender.kill()
         self.receiver.kill()
@@ -95,3 +106,45 @@ def of(kind: type, handoff: Fence) -> Callable[[Any], bool]:
 
 def ended(handoff: Fence) -> Callable[[Any], bool]:
     return lambda event: type(event).__name__ == "HandoffEnded" and event.fence == handoff
+
+
+def hand_over(pair: Pair, handoff: Fence, sources: list[int], targets: list[int]) -> None:
+    """To a good end."""
+    tokens = len(sources) * TOKENS_PER_PAGE
+    pair.grant(handoff, tokens, targets)
+    pair.sender.call("computed", handoff, sources, tokens)
+    pair.sender.call("finish", handoff, 1)
+    pair.until(of(KVArrived, handoff))
+    assert pair.until(ended(handoff)).error is None
+    assert pair.receiver.call("digests", targets) == pair.sender.call("digests", sources)
+
+
+def pause(end: Remote) -> None:
+    os.kill(end.process.pid, signal.SIGSTOP)
+
+
+def resume(end: Remote) -> None:
+    os.kill(end.process.pid, signal.SIGCONT)
+
+
+def cancelled_but_kept(pair: Pair, handoff: Fence) -> None:
+    """The receiver wants its pages back; while the writer says nothing, and is not dead, it does not get them."""
+    resume(pair.receiver)
+    pair.receiver.call("cancel", handoff)
+    until = time.monotonic() + 0.6
+    while time.monotonic() < until:
+        pair.step_receiver()
+    assert pair.receiver.call("quarantined") == 1
+    assert not pair.events
+
+
+def reused_pages_stay_untouched(pair: Pair) -> None:
+    """For longer than the idle writer's transfer thread looks away from its engine."""
+    for page in TARGETS:
+        pair.receiver.call("fill", page, 6)
+    reused = pair.receiver.call("digests", TARGETS)
+    others = pair.receiver.call("digests", OTHERS)
+    pair.receiver.call("idle_cpu", 2 * IDLE_SECONDS)
+    assert pair.receiver.call("digests", TARGETS) == reused
+    pair.use_others()
+    assert pair.receiver.call("digests", OTHERS) == others, "nor was what others used all the time"
