@@ -14,7 +14,7 @@ STAMP := $(VENV)/.baton-setup
 LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-gpu bench bench-handoff bench-chat bench-profile \
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-rdma test-gpu bench bench-handoff bench-chat bench-profile \
 	setup-bench peers bench-peers docs clean
 
 help:  ## list the targets
@@ -85,6 +85,9 @@ test-soak: setup  ## thousands of requests, many of whose clients leave: is anyt
 
 test-fault: setup  ## 200 faults under load, restarts and overload: does a client notice? (15 minutes; writes bench/results)
 	$(BIN)/pytest tests/fault -m fault -s --fault-results bench/results $(ARGS)
+
+test-rdma: setup  ## transfers over real RDMA verbs, in an emulated machine with such a card (QEMU; 10 minutes)
+	$(BIN)/python -m tests.rdma $(ARGS)
 
 test-gpu: setup  ## the tests that need an NVIDIA GPU
 	@if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then \
