@@ -227,11 +227,15 @@ async def nonsense(
     await asyncio.gather(*talks)
 
 
-async def test_a_member_that_talks_nonsense_harms_nobody(cluster, inside, api):
+LONG = pytest.param(300, 5, marks=[pytest.mark.soak, pytest.mark.timeout(600)], id="long")
+
+
+@pytest.mark.parametrize(("count", "seed"), [pytest.param(FRAMES, 4, id="short"), LONG])
+async def test_a_member_that_talks_nonsense_harms_nobody(cluster, inside, api, count, seed):
     before = await members(cluster, inside)
     undisturbed = (await api.complete(PROMPT, max_tokens=64, temperature=0)).tokens
     others = [asyncio.create_task(api.complete(PROMPT, max_tokens=64, temperature=0)) for _ in range(3)]
-    await nonsense(inside, cluster.topology.bootstrap_url, before, seed=4, count=FRAMES)
+    await nonsense(inside, cluster.topology.bootstrap_url, before, seed, count)
     assert [(await each).tokens for each in others] == [undisturbed] * 3
     assert (await api.complete(PROMPT, max_tokens=64, temperature=0)).tokens == undisturbed
 
