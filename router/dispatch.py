@@ -280,12 +280,12 @@ class Dispatcher:
     def receive(self, key: WorkerKey, message: AnyMessage) -> None:
         if isinstance(message, Tokens):
             for emitted in message.tokens:
-                choice = self._find(emitted.fence, "Tokens")
+                choice = self._find(key, emitted.fence, "Tokens")
                 if choice is not None:
                     self._note_prefilled(choice, emitted.fence)
                     self.handle(choice, TokensArrived([emitted]))
         elif isinstance(message, AttemptStarted | AttemptFinished | AttemptFailed):
-            choice = self._find(message.fence, type(message).__name__)
+            choice = self._find(key, message.fence, type(message).__name__)
             if choice is not None:
                 self._leg_word(choice, message)
         else:
@@ -305,11 +305,13 @@ class Dispatcher:
     def _legs_at(self, key: WorkerKey) -> list[tuple[_Choice, Role]]:
         return [(choice, choice.legs[key]) for choice in self._choices.values() if key in choice.legs]
 
-    def _find(self, fence: Fence, kind: str) -> _Choice | None:
+    def _find(self, key: WorkerKey, fence: Fence, kind: str) -> _Choice | None:
+        """The choice of that attempt, if the one that speaks of it has a leg of it."""
         choice = self._choices.get(fence)
-        if choice is None:
+        if choice is None or key not in choice.legs:
             # Not always an error: what a worker said before our cancel reached it ends up here, too.
             self._metrics.stale.labels(kind=kind).inc()
+            return None
         return choice
 
     def _note_prefilled(self, choice: _Choice, fence: Fence) -> None:

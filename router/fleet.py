@@ -241,7 +241,9 @@ class Fleet:
 
     def _route(self, key: WorkerKey, message: AnyMessage) -> None:
         if isinstance(message, Heartbeat):
-            if not self._view.heartbeat(message, self._clock.now()):
+            # Each speaks for itself: a heartbeat in another's name would make it dead, or alive.
+            own = WorkerKey(message.worker, message.epoch) == key
+            if not (own and self._view.heartbeat(message, self._clock.now())):
                 self._metrics.stale.labels(kind="Heartbeat").inc()
         elif self._events is not None:
             self._events.receive(key, message)
