@@ -14,8 +14,11 @@ from typing import NamedTuple
 from aiohttp import web
 
 from cluster.errors import ConfigError, Overloaded
+from cluster.process import allow_open_files
 
 BACKLOG = 1024
+OTHER_FILES = 512
+"""That a process has open beside its connections: logs, libraries, links, connections too many for a moment."""
 REFUSAL_SECONDS = 1.0
 """How long a connection too many may take to say what it wants, so that it can be told no."""
 
@@ -59,6 +62,7 @@ class HttpServer:
     async def start(self, host: str, port: int, advice: str) -> str:
         """Listens; returns the URL, with the port that was found for 0. Raises `ConfigError` with `advice` if it
         can't."""
+        allow_open_files(self._limits.connections + OTHER_FILES)
         await self._runner.setup()
         server = self._runner.server
         assert server is not None, "setup makes it"
