@@ -21,6 +21,8 @@ from tests.fault.watch import POLL_SECONDS, RequestRecord, RouterOutage, Watch
 
 AIM_SECONDS = 20.0
 """For so long a moment is waited for; then the fault comes anyway."""
+RANDOM_SECONDS = 2.0
+"""A fault that is aimed at nothing comes within so long."""
 GLANCE_SECONDS = 0.003
 RECORD_SECONDS = 0.02
 """Between two looks at the records of those who wait for their first token."""
@@ -38,7 +40,7 @@ class Strike(NamedTuple):
     at: float
     """Of the monotonic clock."""
     hit: Moment | None
-    """Where the request stood that it was aimed at; None: no such moment came, and it struck anyway."""
+    """Where the request stood that it was aimed at; None: it was not aimed, or no such moment came."""
     reading: str | None
     """That request."""
 
@@ -93,7 +95,7 @@ class Campaign:
     async def _lane(self, lane: Lane, faults: Sequence[Fault], draw: random.Random) -> None:
         for fault in faults:
             if lane.role is None:
-                await self._strike_house(fault)
+                await self._strike_house(fault, draw)
             else:
                 await self._strike_worker(fault, lane.role, draw)
 
@@ -112,8 +114,8 @@ class Campaign:
 
         await self._until(back, f"{victim} is back after {fault}")
 
-    async def _strike_house(self, fault: Fault) -> None:
-        aim = await self._aim(fault.moment, Role.DECODE, random.Random(0))
+    async def _strike_house(self, fault: Fault, draw: random.Random) -> None:
+        aim = await self._aim(fault.moment, Role.DECODE, draw)
         if fault.kind is Kind.KILL_ROUTER:
             self._outage.begins()
         victim = HOUSEHOLD[fault.kind]
@@ -129,7 +131,7 @@ class Campaign:
         strike = Strike(fault, victim, time.monotonic(), *found)
         self.strikes.append(strike)
         failed = len(self._crowd.failures)
-        where = "" if aim else ", which did not come"
+        where = "" if aim or fault.moment is Moment.ANY else ", which did not come"
         self._tell(
             f"{strike.at - self._crowd.begun:6.1f} s  fault {len(self.strikes)}: {fault}{where}: {victim}; "
             f"{len(self._crowd.judged)} requests have ended, {failed} of them wrongly"
@@ -147,7 +149,11 @@ class Campaign:
     # --- aims --------------------------------------------------------------------------------------------------------
 
     async def _aim(self, moment: Moment, role: Role, draw: random.Random) -> Aim | None:
-        """Returns at that moment of some request's journey, with the worker that has it; None: it did not come."""
+        """Returns at that moment of some request's journey, with the worker that has it; None: it did not come, or
+        nothing was to be aimed at."""
+        if moment is Moment.ANY:
+            await asyncio.sleep(draw.uniform(0, RANDOM_SECONDS))
+            return None
         ways: dict[Moment, Callable[[], Awaitable[Aim | None]]] = {
             Moment.PLACED: lambda: self._without_token(Moment.PLACED, role),
             Moment.COMPUTING: lambda: self._without_token(Moment.COMPUTING, role),

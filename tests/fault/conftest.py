@@ -15,8 +15,8 @@ from tests.process.conftest import pytest_runtest_makereport  # noqa: F401 - log
 from tests.process.reference.cases import load_reference
 
 DEFAULT_SEED = 20_261_120
-DEFAULT_FAULTS = 100
-"""Of each campaign, one for each transfer engine."""
+DEFAULT_FAULTS = 112
+"""Of each campaign, one for each transfer engine: each kind at each moment, and at any."""
 
 
 def pytest_addoption(parser):

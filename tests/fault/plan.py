@@ -35,6 +35,8 @@ class Moment(str, Enum):
     ENDED = "ended"
     LEFT = "client left"
     """Its client has gone while it was computed: a write may still land."""
+    ANY = "any"
+    """Aimed at nothing."""
 
 
 class Lane(str, Enum):
@@ -64,7 +66,7 @@ OF_WORKERS = tuple(kind for kind in Kind if kind not in OF_THE_HOUSE)
 
 
 def plan_faults(seed: int, count: int, kinds: Collection[Kind] = tuple(Kind)) -> dict[Lane, list[Fault]]:
-    """`count` faults, by lane and in the order in which they are to come. With all kinds, the first 96 are the whole
+    """`count` faults, by lane and in the order in which they are to come. With all kinds, the first 112 are the whole
     table; those beyond repeat it."""
     draw = random.Random(seed)
     table = [fault for fault in _table() if fault.kind in kinds]

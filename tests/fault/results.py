@@ -24,7 +24,7 @@ class KindResult(msgspec.Struct, frozen=True):
 
     kind: str
     hits: dict[str, int]
-    """Faults by the moment that they hit; those that missed their moment under ""."""
+    """Faults by the moment that they hit; under "any" those that were aimed at none, or missed it."""
     total: Spread | None
     without_prefill: Spread | None
 
@@ -73,7 +73,7 @@ def summarize(
 
 
 def _kind(kind: Kind, strikes: Sequence[Strike], noticed: Sequence[Delay]) -> KindResult:
-    hits = Counter(each.hit.value if each.hit else "" for each in strikes if each.fault.kind is kind)
+    hits = Counter((each.hit or Moment.ANY).value for each in strikes if each.fault.kind is kind)
     return KindResult(
         kind=kind.value,
         hits=dict(hits),
@@ -125,9 +125,9 @@ def _hits(results: Sequence[CampaignResult]) -> Table:
     for result in results:
         for kind in result.kinds:
             found.update({(kind.kind, moment): count for moment, count in kind.hits.items()})
-    moments = [*(moment.value for moment in Moment), ""]
+    moments = [moment.value for moment in Moment]
     rows = [(kind.value, *(str(found[kind.value, moment]) for moment in moments)) for kind in Kind]
-    return Table("Faults, by where the request stood that they hit", ["", *moments[:-1], "anywhere"], rows)
+    return Table("Faults, by where the request stood that they were aimed at", ["", *moments], rows)
 
 
 def _delays(result: CampaignResult) -> Table:
