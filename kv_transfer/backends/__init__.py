@@ -18,11 +18,11 @@ def open_backend(kv: KV, agent: str, pool: PoolMemory, host: str) -> TransferBac
     that `kv` asks for.
     """
     ports = usable_ports(kv)
+    apply_network(kv, ports)
     backend: TransferBackend
     if kv.transfer is TransferName.NIXL:
         from kv_transfer.backends.nixl import NixlBackend
 
-        apply_network(kv, ports)
         backend = NixlBackend(agent, pool)
     else:
         from kv_transfer.backends.mooncake import MooncakeBackend

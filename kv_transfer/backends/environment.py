@@ -24,6 +24,10 @@ DEFAULTS: Final[Mapping[TransferName, Mapping[str, str]]] = {
         # Without them a partition leaves a write pending for minutes, and a connect blocks for one.
         "UCX_TCP_USER_TIMEOUT": "5s",
         "UCX_TCP_SYN_CNT": "2",
+        # The same for RDMA: about four seconds without an acknowledgement. UCX's own 7 times a second are half a minute
+        # on NICs, which may wait for four times as long as they are told, and no end at all on soft-RoCE.
+        "UCX_RC_TIMEOUT": "500ms",
+        "UCX_RC_RETRY_COUNT": "6",
     },
     TransferName.MOONCAKE: {
         "MC_LOG_LEVEL": "ERROR",
@@ -56,11 +60,14 @@ def apply_defaults(name: TransferName) -> None:
 
 
 def apply_network(kv: KV, ports: Sequence[str]) -> None:
-    """UCX's choice of ways to a peer, for this process; before NIXL is loaded. `ports` as of `verbs.usable_ports`.
+    """An engine's choice of ways to a peer, for this process; before it is loaded. `ports` as of `verbs.usable_ports`.
 
-    Ways within a host stay open, and those between a GPU and the rest.
+    UCX keeps its ways within a host, and those between a GPU and the rest.
     """
-    if kv.network is Network.TCP:
+    if kv.transfer is TransferName.MOONCAKE:
+        if not ports:  # asked for "tcp", it uses RDMA devices all the same
+            os.environ.setdefault("MC_FORCE_TCP", "true")
+    elif kv.network is Network.TCP:
         os.environ.setdefault("UCX_TLS", "^ib")
     elif kv.network is Network.RDMA:
         os.environ.setdefault("UCX_TLS", "^tcp")

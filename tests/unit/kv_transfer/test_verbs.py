@@ -80,18 +80,20 @@ def test_an_engine_that_has_opened_another_device_than_it_was_told_is_refused(ke
 
 
 @pytest.mark.parametrize(
-    ("kv", "expected"),
+    ("kv", "ports", "expected"),
     [
-        (KV(), {}),
-        (RDMA, {"UCX_TLS": "^tcp", "UCX_NET_DEVICES": "mlx5_0:1,mlx5_1:1"}),
-        (KV(network=Network.TCP), {"UCX_TLS": "^ib"}),
+        (KV(), ["mlx5_0:1"], {}),
+        (RDMA, ["mlx5_0:1", "mlx5_1:1"], {"UCX_TLS": "^tcp", "UCX_NET_DEVICES": "mlx5_0:1,mlx5_1:1"}),
+        (KV(network=Network.TCP), [], {"UCX_TLS": "^ib"}),
+        (KV(transfer=TransferName.MOONCAKE), ["mlx5_0:1"], {}),
+        (KV(transfer=TransferName.MOONCAKE, network=Network.TCP), [], {"MC_FORCE_TCP": "true"}),
     ],
 )
-def test_ucx_is_told_of_the_network_unless_the_user_has_told_it(monkeypatch, kv, expected):
+def test_the_engine_is_told_of_the_network_unless_the_user_has_told_it(monkeypatch, kv, ports, expected):
     environment: dict[str, str] = {}
     monkeypatch.setattr(os, "environ", environment)
-    apply_network(kv, ["mlx5_0:1", "mlx5_1:1"])
+    apply_network(kv, ports)
     assert environment == expected
-    environment["UCX_TLS"] = "rc,self"
-    apply_network(kv, ["mlx5_0:1", "mlx5_1:1"])
-    assert environment["UCX_TLS"] == "rc,self"
+    environment.update(dict.fromkeys(expected, "mine"))
+    apply_network(kv, ports)
+    assert environment == dict.fromkeys(expected, "mine")
