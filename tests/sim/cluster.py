@@ -27,6 +27,7 @@ from cluster.engine_messages import FromPeer
 from cluster.messages import AttemptFailed, AttemptFinished, AttemptStarted, Message, Role, Sampling, Tokens
 from router.request_state import WorkerKey
 from tests.sim.engines import EngineLife
+from tests.sim.faults import CROWDED, POOLS
 from tests.sim.kernel import SimLoop, Strand, Violation
 from tests.sim.model import PAGE_SIZE, VOCABULARY
 from tests.sim.network import Network, SimLink
@@ -60,19 +61,15 @@ class Shape:
     """All workers on one host: each can ask its kernel whether another one is dead."""
     break_even: bool
     """Short prompts are prefilled where they decode."""
+    long_prompts: bool
+    """Each of them takes most of a pool."""
 
     @classmethod
     def of(cls, random: Random, place: str) -> Shape:
         """`place` is where the first fault is to strike; it says what the cluster must be like to get there."""
-        split = [(2, 2), (2, 2), (2, 2), (1, 1), (1, 2), (2, 1), (0, 2)]
-        prefill, decode = random.choice(split)
-        crowded = place in ("ReceiverLease OFFERED", "DecodeMachine OFFERED")
-        if crowded:
-            prefill, decode = 2, 1
-        elif place == "DecodeMachine PREFILLING":
-            prefill, decode = 0, 2
-        elif prefill == 0 and not place.startswith("RequestMachine"):
-            prefill = 2
+        split = [(2, 2), (2, 2), (2, 2), (1, 1), (1, 2), (2, 1)]
+        prefill, decode = POOLS.get(place) or random.choice(split)
+        crowded = place in CROWDED
         return cls(
             prefill,
             decode,
@@ -82,6 +79,7 @@ class Shape:
             retract_every_steps=random.choice([0, 0, 0, 9]),
             one_machine=random.random() < 0.5,
             break_even=not crowded and random.random() < 0.1,
+            long_prompts=crowded,
         )
 
     def topology(self) -> Topology:
@@ -167,9 +165,11 @@ class SimCluster:
 
     def _client(self, name: str) -> Client:
         random = self.random
-        shared = [token % 7 for token in range(random.choice([0, 8, 17]))]
-        prompt = [*shared, *random.choices(range(VOCABULARY), k=random.randint(1, 14))]
-        longest = random.choice([1, 2, 6, 12, 24])
+        crowd = self.shape.long_prompts
+        shared = [token % 7 for token in range(0 if crowd else random.choice([0, 8, 17]))]
+        own = random.randint(25, 31) if crowd else random.randint(1, 14)
+        prompt = [*shared, *random.choices(range(VOCABULARY), k=own)]
+        longest = random.choice([12, 24] if crowd else [1, 2, 6, 12, 24])
         stops = [STOP_TOKEN] if random.random() < 0.5 else []
         count = 2 if random.random() < 0.15 else 1
         samplings = [

@@ -24,6 +24,17 @@ from prefill_worker.prefill_state import PrefillMachine, PrefillState
 from router.request_state import RequestMachine, RequestState
 from tests.sim.kernel import Strand
 
+CROWDED = ("PrefillMachine QUEUED", "ReceiverLease OFFERED", "DecodeMachine OFFERED")
+"""Where a request only stays for lack of pages."""
+POOLS = {
+    "PrefillMachine QUEUED": (1, 2),
+    "ReceiverLease OFFERED": (2, 1),
+    "DecodeMachine OFFERED": (2, 1),
+    "RequestMachine UNPLACED": (1, 1),
+    "DecodeMachine PREFILLING": (0, 2),
+}
+"""Prefill and decode workers of a cluster in which requests come to that place, and stay a while."""
+
 if TYPE_CHECKING:
     from tests.sim.cluster import SimCluster
     from tests.sim.router import Client
@@ -149,16 +160,14 @@ def _prelude(*cells: tuple[type[StateMachine[Any]], Enum, Fault]) -> tuple[Cell,
 
 
 _SLOW = (SenderHandoff, SenderState.OFFERED, Fault.WRITE_SLOW)
-_DAMAGED = (ReceiverLease, ReceiverState.GRANTED, Fault.WRITE_DAMAGED)
+_STALLED = (RequestMachine, RequestState.STREAMING, Fault.DECODE_STOPPED)
+_KILLED = (RequestMachine, RequestState.STREAMING, Fault.DECODE_KILLED)
 _LEAVES = (ReceiverLease, ReceiverState.GRANTED, Fault.CLIENT_LEAVES)
 _FORGOTTEN = (ReceiverLease, ReceiverState.GRANTED, Fault.DECODE_LINK_BROKEN)
 PRELUDES: dict[str, tuple[tuple[Cell, ...], ...]] = {
     place: tuple(_prelude(*cells) for cells in ways)
     for place, ways in {
-        "RequestMachine UNPLACED": [
-            [_DAMAGED, _DAMAGED],
-            [(RequestMachine, RequestState.STREAMING, Fault.DECODE_KILLED)],
-        ],
+        "RequestMachine UNPLACED": [[_STALLED], [_STALLED], [_KILLED]],
         "PrefillMachine ABORTING": [[_SLOW, _LEAVES], [_SLOW, _FORGOTTEN]],
         "SenderHandoff STOPPING": [[_SLOW, _FORGOTTEN], [_SLOW, _LEAVES]],
         "SenderHandoff UNCONNECTED": [[(SenderHandoff, SenderState.OFFERED, Fault.PEER_LINK_BROKEN)]],
@@ -189,7 +198,7 @@ class Director:
         self._cluster = cluster
         self._random = random
         self._aims = aims
-        self._patience = random.choice([0, 0, 0, 1])
+        self._patience = random.randint(0, 3) if aims and aims[0].journey in CROWDED else 0
         """So many machines pass a place before it strikes there."""
 
     @contextmanager
@@ -199,7 +208,8 @@ class Director:
 
         def begun(machine: StateMachine[Any], name: str, initial: Enum) -> None:
             initialise(machine, name, initial)
-            self._entered(machine)
+            if not isinstance(machine, RequestMachine):  # it is placed in the same breath
+                self._entered(machine)
 
         def moved(machine: StateMachine[Any], state: Enum) -> None:
             move(machine, state)
@@ -215,7 +225,7 @@ class Director:
             self._patience -= 1
             return
         aim = self._aims.pop(0)
-        self._patience = self._random.choice([0, 0, 1])
+        self._patience = self._random.choice([0, 0, 1]) if self._aims and self._aims[0].journey not in PRELUDES else 0
         delay = self._random.choice([0.0, 0.0, 0.0, self._random.uniform(0.0, 0.02)])
         self._cluster.loop.at(delay, None, self._strike, aim.fault, machine)
 

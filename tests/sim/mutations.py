@@ -19,7 +19,6 @@ from kv_transfer.receiver import HandoffReceiver
 from kv_transfer.receiver_state import Accept, EndLease, ReceiverLease, ReceiverState, Send, WriterFenced
 from kv_transfer.sender_state import SenderHandoff
 from prefill_worker.prefill_loop import PrefillLoop
-from router.dispatch import Dispatcher
 from router.request_state import Dispatch, RequestMachine
 from tests.sim.faults import Fault
 from tests.sim.router import SimFleet
@@ -106,11 +105,6 @@ def _without_fences() -> AbstractContextManager[object]:
     return stack
 
 
-def _find_by_request(dispatcher: Dispatcher, fence: Any, kind: str) -> Any:
-    """Words of an earlier attempt count like those of this one."""
-    return next((choice for known, choice in dispatcher._choices.items() if known.request == fence.request), None)
-
-
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -179,9 +173,6 @@ MUTATIONS = {
             _done_again=_say_nothing,
         ),
         (Fault.MESSAGES_LOST,),
-    ),
-    "words of an earlier attempt count": Mutation(
-        _replaced(Dispatcher, _find=_find_by_request), (Fault.MESSAGES_REPEATED, Fault.DECODE_STOPPED)
     ),
     "tokens go to the client as they come": Mutation(
         _replaced(RequestMachine, _tokens=_take_tokens_as_they_come), (Fault.MESSAGES_REPEATED,)
