@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cluster.messages import Fence
+from cluster.messages import DeathAsked, Fence, decode
 from kv_transfer.driver import WRITE_TIMEOUT_SECONDS
 from kv_transfer.receiver import KVArrived, OfferArrived
 from kv_transfer.thread import IDLE_SECONDS
@@ -62,7 +62,8 @@ class Pair:
     def step_receiver(self) -> None:
         sent, events = self.receiver.call("step", PREFILL_EPOCH, self.to_receiver)
         self.to_receiver = []
-        self.to_sender += sent
+        # Control processes keep this question to themselves.
+        self.to_sender += [frame for frame in sent if not isinstance(decode(frame), DeathAsked)]
         self.events += events
 
     def until(self, found: Callable[[Any], bool], *steps: Callable[[], None]) -> Any:

@@ -6,8 +6,8 @@ status; with 0 and a word where the emulated machine can't be had; with 3 if it 
 
 from __future__ import annotations
 
-import os
 import sys
+from pathlib import Path
 
 from tests.rdma.guest import DEVICE, run
 from tests.rdma.packages import Lacking, unpacked
@@ -24,7 +24,7 @@ OPTIONS = ("-v", *PLUGINS, "-m", "not soak and not fault", "-o", f"timeout={120 
 def main(arguments: list[str]) -> int:
     command = [sys.executable, "-m", "pytest", *OPTIONS, *(arguments or TESTS)]
     environment = {
-        "HOME": os.environ["HOME"],
+        "HOME": str(Path.home()),
         "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
