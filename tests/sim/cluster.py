@@ -63,6 +63,8 @@ class Shape:
     """Short prompts are prefilled where they decode."""
     long_prompts: bool
     """Each of them takes most of a pool."""
+    long_answers: bool
+    """Each of them takes a while."""
 
     @classmethod
     def of(cls, random: Random, place: str) -> Shape:
@@ -80,6 +82,7 @@ class Shape:
             one_machine=random.random() < 0.5,
             break_even=not crowded and random.random() < 0.1,
             long_prompts=crowded,
+            long_answers=place in POOLS,
         )
 
     def topology(self) -> Topology:
@@ -169,7 +172,7 @@ class SimCluster:
         shared = [token % 7 for token in range(0 if crowd else random.choice([0, 8, 17]))]
         own = random.randint(25, 31) if crowd else random.randint(1, 14)
         prompt = [*shared, *random.choices(range(VOCABULARY), k=own)]
-        longest = random.choice([12, 24] if crowd else [1, 2, 6, 12, 24])
+        longest = random.choice([12, 24] if self.shape.long_answers else [1, 2, 6, 12, 24])
         stops = [STOP_TOKEN] if random.random() < 0.5 else []
         count = 2 if random.random() < 0.15 else 1
         samplings = [

@@ -257,7 +257,8 @@ class Director:
     def stop(self, strands: tuple[Strand, ...]) -> bool:
         """SIGSTOP, and SIGCONT after a while."""
         loop = self._cluster.loop
-        seconds = self._random.choice(STOP_SECONDS)
+        waited_for = bool(self._aims) and self._aims[0].journey in PRELUDES
+        seconds = max(STOP_SECONDS) if waited_for else self._random.choice(STOP_SECONDS)
         for strand in strands:
             loop.hold(strand)
             loop.at(seconds, None, loop.release, strand)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
+from cluster.errors import WorkerLost
 from cluster.messages import Role
 from cluster.worker_shell import EngineCommand
 from decode_worker import control as decode_control
@@ -41,8 +43,17 @@ class SimWorker:
             self.strand.asked_to_end = asyncio.Event()
             command: Any = EngineCommand(self._start_engine, self._loading, {})  # type: ignore[arg-type]
             serve = prefill_control.serve if self.role is Role.PREFILL else decode_control.serve
-            running = cluster.loop.spawn(self.strand, serve(cluster.topology, self.name, self.name, 0, command))
-            running.add_done_callback(lambda _: self._ended(self.strand))
+            serving = serve(cluster.topology, self.name, self.name, 0, command)
+            cluster.loop.spawn(self.strand, self._run(serving, self.strand))
+
+    async def _run(self, serving: Coroutine[Any, Any, int], strand: Strand) -> None:
+        """The control process, until it has drained or given up; the launcher starts it anew."""
+        try:
+            await serving
+        except WorkerLost as error:
+            self.cluster.story.note(f"{self.name}: the control process ends: {error}")
+        if strand.alive:
+            self.kill()
 
     def _start_engine(self, host: SimEngineHost) -> EngineLife:
         self.life = EngineLife(host, self.cluster, self.name, self.role)
@@ -50,11 +61,6 @@ class SimWorker:
 
     def _loading(self) -> float:
         return self.cluster.random.uniform(*LOADING_SECONDS)
-
-    def _ended(self, strand: Strand) -> None:
-        """The control process has drained, and ended by itself."""
-        if strand.alive:
-            self.kill()
 
     @property
     def up(self) -> bool:
