@@ -33,7 +33,7 @@ class Pair:
         self,
         transfer: str,
         environment: dict[str, str] | None = None,
-        write_timeout: float = WRITE_TIMEOUT_SECONDS,
+        write_timeout: float = WRITE_TIMEOUT_SECONDS * PACE,
         layers: int = 6,
     ) -> None:
         """A page has 12 KiB for each of the `layers`."""

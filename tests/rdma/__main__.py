@@ -33,6 +33,9 @@ def main(arguments: list[str]) -> int:
         # Both ends are on one host, where UCX would rather copy from memory to memory.
         "UCX_TLS": "rc_v,self",
         "UCX_NET_DEVICES": f"{DEVICE}:1",
+        # Living peers are slow here: their patience, too, is longer.
+        "UCX_RC_TIMEOUT": "2s",
+        "MC_TRANSFER_TIMEOUT": "40",
     }
     try:
         status = run(unpacked(), command, environment, TIMEOUT_SECONDS)

@@ -34,10 +34,11 @@ from tests.process.transfer_pair import (
     resume,
     reused_pages_stay_untouched,
 )
+from tests.rdma.guest import DEVICE
 
 pytestmark = pytest.mark.rdma
 
-CARD = Path("/sys/class/infiniband/rxe0/ports/1/hw_counters")
+CARD = Path("/sys/class/infiniband", DEVICE, "ports/1/hw_counters")
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 LARGEST_PACKET = 4096
 """Of payload, by the InfiniBand architecture."""
@@ -95,7 +96,7 @@ def test_the_bytes_go_through_the_card_and_not_through_tcp(transfer):
     receiver.close()
 
 
-@pytest.mark.parametrize(("network", "devices"), [("rdma", "rxe0"), ("tcp", "")])
+@pytest.mark.parametrize(("network", "devices"), [("rdma", DEVICE), ("tcp", "")])
 def test_an_engine_opens_the_card_if_it_is_asked_to_and_leaves_it_alone_if_not(transfer, network, devices):
     """By kv.network alone: what else `make test-rdma` tells UCX is taken out."""
     code = f"""
