@@ -83,7 +83,7 @@ test-sim: setup  ## ten thousand simulated clusters with faults at each state of
 test-soak: setup  ## thousands of requests, many of whose clients leave: is anything left? (minutes)
 	$(BIN)/pytest tests/process -m soak $(ARGS)
 
-test-fault: setup  ## 200 faults under load, restarts and overload: does a client notice? (15 minutes; writes bench/results)
+test-fault: setup  ## 200 faults under load, restarts and overload: does a client notice? (20 to 40 minutes; writes bench/results)
 	$(BIN)/pytest tests/fault -m fault -s --fault-results bench/results $(ARGS)
 
 test-rdma: setup  ## transfers over real RDMA verbs, in an emulated machine with such a card (QEMU; 10 minutes)

@@ -16,6 +16,9 @@ from tests.fault.questions import Question
 from tests.fault.reading import Outage, Reading
 from tests.fault.watch import NO_OUTAGE
 
+FAILED_SECONDS = 1.0
+"""A stream whose request went wrong waits so long: who is refused at once would fail a hundred times a second."""
+
 
 class Judged(NamedTuple):
     """A request that has ended; `verdict` is None for one that got what it should."""
@@ -74,10 +77,12 @@ class Crowd:
         number = 0
         while not self._closing:
             reading = Reading(f"fault-{self._seed}-{stream}-{number}", draw.choice(self._questions))
-            await self._ask(reading)
+            judged = await self._ask(reading)
             number += 1
+            if judged.verdict is not None:
+                await asyncio.sleep(FAILED_SECONDS)
 
-    async def _ask(self, reading: Reading) -> None:
+    async def _ask(self, reading: Reading) -> Judged:
         self.open.append(reading)
         try:
             await reading.read(self._session, self._url, self._outage)
@@ -85,11 +90,13 @@ class Crowd:
             self.open.remove(reading)
         wrong = judge(reading.answer, self._answers[reading.question.name])
         if reading.error is not None:
-            self.judged.append(Judged(reading, Verdict.FAILED, reading.error))
+            judged = Judged(reading, Verdict.FAILED, reading.error)
         elif wrong is not None:
-            self.judged.append(Judged(reading, *wrong))
+            judged = Judged(reading, *wrong)
         else:
-            self.judged.append(Judged(reading, None, ""))
+            judged = Judged(reading, None, "")
+        self.judged.append(judged)
+        return judged
 
 
 async def ask_in_peace(
