@@ -86,7 +86,7 @@ class House:
 
     @property
     def engine(self) -> psutil.Process:
-        (child,) = psutil.Process().children()
+        (child,) = (child for child in psutil.Process().children() if "toy_engine" in child.cmdline())
         return child
 
     async def dial(self, http, router: str, epoch: int = 0) -> Link:
