@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
 from pathlib import Path
@@ -62,6 +61,16 @@ class Membership:
         self.left = self.left or reason
 
 
+def toy_engines() -> list[psutil.Process]:
+    """Those that live; the test run may have other children."""
+    found = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if "toy_engine" in child.cmdline():
+                found.append(child)
+    return found
+
+
 class House:
     """A shell at work, and all the memberships it has had."""
 
@@ -86,8 +95,8 @@ class House:
 
     @property
     def engine(self) -> psutil.Process:
-        (child,) = (child for child in psutil.Process().children() if "toy_engine" in child.cmdline())
-        return child
+        (engine,) = toy_engines()
+        return engine
 
     async def dial(self, http, router: str, epoch: int = 0) -> Link:
         self.links.append(await dial(http, f"{self.url}/router"))
@@ -345,5 +354,4 @@ async def test_an_engine_process_that_dies_while_it_drains_ends_the_worker_in_pe
     router.order(DIE, 0)
     house.engine.send_signal(signal.SIGKILL)
     await asyncio.wait_for(house.running, SOON)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        assert not [child for child in psutil.Process(os.getpid()).children() if child.status() != "zombie"]
+    assert toy_engines() == []
