@@ -51,6 +51,7 @@ def allow_open_files(count: int) -> None:
 
 def forget_garbage() -> None:
     """What is alive now stays alive: the collector need not look at it again. Called when a process has started: with
-    all that torch brings, a full collection takes a tenth of a second, in which no token is made."""
+    all that torch brings, or a tokenizer, a full collection takes a tenth of a second, in which no token is made or
+    passed on."""
     gc.collect()
     gc.freeze()

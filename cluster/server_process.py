@@ -12,7 +12,7 @@ import uvloop
 from cluster.config import Topology
 from cluster.errors import BatonError
 from cluster.logging import configure, get_logger
-from cluster.process import EXIT_DONE
+from cluster.process import EXIT_DONE, forget_garbage
 from cluster.stop_signals import StopSignals
 from cluster.tasks import first_of
 from cluster.topology import load_topology
@@ -51,6 +51,7 @@ def run(process: str, topology_path: str, overrides: Sequence[str], main: Main) 
         print(f"error: {error}", file=sys.stderr)
         return 2
     configure(process, topology.logging)
+    forget_garbage()
     try:
         return uvloop.run(_awaiting(main(topology))) or EXIT_DONE
     except BatonError as error:

@@ -134,11 +134,11 @@ def _policy(topology: Topology) -> Policy:
 async def serve(topology: Topology) -> None:
     """Serves until SIGTERM or SIGINT, and then drains. Raises `ConfigError` if the router can't start."""
     text = await asyncio.to_thread(load_model_text, resolve_model(topology.model.path))
-    forget_garbage()
     async with ClusterSecurity(topology.security).session() as session:
         server = RouterServer(topology, text, session)
         try:
             await server.start()
+            forget_garbage()
             await run_until_stopped(asyncio.create_task(server.run()), leave=server.ask_drain)
         finally:
             await server.stop()
