@@ -6,6 +6,7 @@ Messages move only in `turn`; nothing waits for time. `router` collects what the
 from __future__ import annotations
 
 import json
+import random
 from collections import defaultdict, deque
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from tests.unit.kv_transfer.world import InlinePort
 PREFILL_EPOCH, DECODE_EPOCH = 100, 200
 QUARANTINE_SECONDS, DRAIN_SECONDS = 30.0, 60.0
 ROUTER = "router"
+GREEDY = Sampling(max_tokens=6, seed=1, temperature=0.0)
 TINY_LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -84,6 +86,10 @@ def tiny_engine(
             **scheduling,
         )
     )
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(128), k=length)
 
 
 class Pair:
