@@ -77,7 +77,7 @@ test: setup  ## all tests that need no GPU
 test-unit: setup  ## the tests that take seconds
 	$(BIN)/pytest tests/unit $(ARGS)
 
-test-sim: setup  ## ten thousand simulated clusters with faults at each state of a request (3 minutes); ARGS="--seed N" tells one
+test-sim: setup  ## ten thousand simulated clusters with faults at each state of a request (2 minutes); ARGS="--seed N" tells one
 	$(BIN)/python -m tests.sim $(ARGS)
 
 test-soak: setup  ## thousands of requests, many of whose clients leave: is anything left? (minutes)
@@ -86,7 +86,7 @@ test-soak: setup  ## thousands of requests, many of whose clients leave: is anyt
 test-fault: setup  ## 200 faults under load, restarts and overload: does a client notice? (20 to 40 minutes; writes bench/results)
 	$(BIN)/pytest tests/fault -m fault -s --fault-results bench/results $(ARGS)
 
-test-rdma: setup  ## transfers over real RDMA verbs, in an emulated machine with such a card (QEMU; 10 minutes)
+test-rdma: setup  ## transfers over real RDMA verbs, in an emulated machine with such a card (QEMU; slow)
 	$(BIN)/python -m tests.rdma $(ARGS)
 
 test-gpu: setup  ## the tests that need an NVIDIA GPU
