@@ -18,7 +18,7 @@ from cluster.tasks import first_of
 from cluster.topology import dump_topology
 from deploy.cluster_client import RouterClient, ask_bootstrap, ask_router, observe
 from deploy.display import make_display
-from deploy.launchers.local import LocalLauncher
+from deploy.launchers.local import LocalProcesses
 from deploy.plan import processes
 from deploy.session import GRACE_SECONDS, Session
 from deploy.supervision import Supervisor
@@ -42,7 +42,7 @@ async def run_cluster(
     ):
         session = Session(
             processes(topology, topology_file),
-            LocalLauncher(directory),
+            LocalProcesses(directory),
             lambda: observe(bootstrap, router),
             make_display(console),
             MonotonicClock(),

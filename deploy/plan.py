@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cluster.config import Topology
-from deploy.launchers.base import ProcessKind, ProcessSpec
+from deploy.launchers.base import ProcessKind
+from deploy.launchers.processes import ProcessSpec
 
 
 def processes(topology: Topology, topology_file: str) -> list[ProcessSpec]:

@@ -12,7 +12,7 @@ from cluster.messages import MemberStatus
 from cluster.process import EXIT_RESTART
 from cluster.tasks import cancel
 from deploy.display import Display
-from deploy.launchers.base import Launcher, ProcessExit, ProcessSpec
+from deploy.launchers.processes import ProcessExit, ProcessRunner, ProcessSpec
 from deploy.log_lines import last_error, last_event, readable
 from deploy.plan import stop_order
 from deploy.startup import Observation, Startup
@@ -36,7 +36,7 @@ class Session:
     def __init__(
         self,
         specs: Sequence[ProcessSpec],
-        launcher: Launcher,
+        launcher: ProcessRunner,
         probe: Probe,
         display: Display,
         clock: Clock,

@@ -7,7 +7,8 @@ from enum import Enum
 from typing import NamedTuple
 
 from cluster.messages import MemberStatus
-from deploy.launchers.base import ProcessKind, ProcessSpec
+from deploy.launchers.base import ProcessKind
+from deploy.launchers.processes import ProcessSpec
 
 
 class Phase(str, Enum):

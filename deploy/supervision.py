@@ -7,7 +7,7 @@ from typing import NamedTuple, Union
 from cluster.config import Restarts
 from cluster.process import EXIT_DONE, EXIT_RESTART
 from cluster.restarts import RestartBudget
-from deploy.launchers.base import ProcessExit
+from deploy.launchers.processes import ProcessExit
 
 
 class LeaveEnded(NamedTuple):

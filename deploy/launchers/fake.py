@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Sequence
 
 from cluster.errors import LaunchError
-from deploy.launchers.base import ProcessExit, ProcessSpec, ProcessStatus
+from deploy.launchers.processes import ProcessExit, ProcessSpec, ProcessStatus
 
 
-class FakeLauncher:
-    """A `Launcher`. `stopped` has the names of the processes in the order in which they were stopped."""
+class FakeProcesses:
+    """A `ProcessRunner`. `stopped` has the names of the processes in the order in which they were stopped."""
 
     def __init__(self, cannot_start: frozenset[str] = frozenset()) -> None:
         self.started: list[ProcessSpec] = []

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from cluster.errors import LaunchError
 from cluster.process import die_with_parent
-from deploy.launchers.base import ProcessExit, ProcessSpec, ProcessStatus
+from deploy.launchers.processes import ProcessExit, ProcessSpec, ProcessStatus
 
 _TAIL_BYTES = 64 * 1024
 
 
-class LocalLauncher:
-    """A `Launcher`. Each process has a session of its own, so that a terminal's Ctrl-C reaches us alone and the order
-    of the stop is ours; what it prints goes to NAME.log in `directory`."""
+class LocalProcesses:
+    """A `ProcessRunner`. Each process has a session of its own, so that a terminal's Ctrl-C reaches us alone and the
+    order of the stop is ours; what it prints goes to NAME.log in `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

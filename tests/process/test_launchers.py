@@ -7,9 +7,10 @@ from typing import NamedTuple
 import pytest
 
 from cluster.errors import LaunchError
-from deploy.launchers.base import Launcher, ProcessExit, ProcessKind, ProcessSpec
-from deploy.launchers.fake import FakeLauncher
-from deploy.launchers.local import LocalLauncher
+from deploy.launchers.base import ProcessKind
+from deploy.launchers.fake import FakeProcesses
+from deploy.launchers.local import LocalProcesses
+from deploy.launchers.processes import ProcessExit, ProcessRunner, ProcessSpec
 
 PATIENCE = 30.0
 
@@ -17,8 +18,8 @@ PATIENCE = 30.0
 class Stage(NamedTuple):
     """A launcher, and how to make its processes speak and die."""
 
-    launcher: Launcher
-    fake: FakeLauncher | None
+    launcher: ProcessRunner
+    fake: FakeProcesses | None
 
     async def start(self, name: str, *, code: int | None = None) -> None:
         arguments = () if code is None else (str(code),)
@@ -36,8 +37,8 @@ class Stage(NamedTuple):
 @pytest.fixture(params=["local", "fake"])
 async def stage(request, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "stand_ins"))
-    fake = FakeLauncher() if request.param == "fake" else None
-    launcher = fake or LocalLauncher(tmp_path)
+    fake = FakeProcesses() if request.param == "fake" else None
+    launcher = fake or LocalProcesses(tmp_path)
     yield Stage(launcher, fake)
     await launcher.stop([status.name for status in launcher.status()], grace_seconds=0)
 
@@ -80,7 +81,7 @@ async def test_a_name_may_be_started_again_after_its_end_and_keeps_its_log(stage
 
 async def test_what_cannot_be_started_is_a_launch_error(tmp_path):
     spec = ProcessSpec("a", ProcessKind.DECODE, "bystander", ())
-    for launcher in (LocalLauncher(tmp_path / "missing"), FakeLauncher(cannot_start=frozenset({"a"}))):
+    for launcher in (LocalProcesses(tmp_path / "missing"), FakeProcesses(cannot_start=frozenset({"a"}))):
         with pytest.raises(LaunchError, match="a can't be started"):
             await launcher.start(spec)
         assert launcher.status() == []

@@ -10,7 +10,7 @@ from cluster.config import Model, Restarts, Topology
 from cluster.errors import LaunchError
 from cluster.process import EXIT_DONE, EXIT_RESTART
 from cluster.tasks import cancel
-from deploy.launchers.fake import FakeLauncher
+from deploy.launchers.fake import FakeProcesses
 from deploy.plan import processes
 from deploy.session import Session
 from deploy.supervision import Supervisor
@@ -24,9 +24,9 @@ ALL_READY = ([member_status("prefill-0"), member_status("decode-0")], True)
 class Scene:
     """A session whose launcher, probe, display and clock are in the hands of the test."""
 
-    def __init__(self, *, look, launcher: FakeLauncher | None = None) -> None:
+    def __init__(self, *, look, launcher: FakeProcesses | None = None) -> None:
         self.clock = ManualClock()
-        self.launcher = launcher or FakeLauncher()
+        self.launcher = launcher or FakeProcesses()
         self.shown: dict[str, str] = {}
         self.told: list[str] = []
         self.closed = False
@@ -149,7 +149,7 @@ async def test_a_start_that_takes_too_long_names_those_that_are_late():
 
 
 async def test_what_was_started_before_a_process_that_could_not_be_is_stopped():
-    scene = Scene(look=lambda scene: NOTHING, launcher=FakeLauncher(cannot_start=frozenset({"decode-0"})))
+    scene = Scene(look=lambda scene: NOTHING, launcher=FakeProcesses(cannot_start=frozenset({"decode-0"})))
     with pytest.raises(LaunchError, match="decode-0 can't be started"):
         await scene.session.start(timeout_seconds=10)
     await scene.session.stop()

@@ -1,0 +1,59 @@
+"""What a place must do that only runs processes: start them, tell of their ends, stop them. `deploy.session` does the
+rest."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from deploy.launchers.base import ProcessKind
+
+
+class ProcessSpec(NamedTuple):
+    """One process: `python -m module arguments`. `name` is unique in the cluster, a worker's is its name there."""
+
+    name: str
+    kind: ProcessKind
+    module: str
+    arguments: tuple[str, ...]
+
+
+class ProcessExit(NamedTuple):
+    """A process's end. `code` as the system tells it: negative is the signal that killed it."""
+
+    name: str
+    code: int
+
+    def __str__(self) -> str:
+        if self.code >= 0:
+            return f"{self.name} ended (exit code {self.code})"
+        return f"{self.name} was killed ({signal.Signals(-self.code).name})"
+
+
+class ProcessStatus(NamedTuple):
+    name: str
+    running: bool
+    log: str
+    """Where its log is, for people."""
+
+
+class ProcessRunner(Protocol):
+    """Called by one session, on one event loop. The session owns the processes: it stops what it has started."""
+
+    async def start(self, process: ProcessSpec) -> None:
+        """Starts a process and returns at once; after its end also once more, with the same log. Raises `LaunchError`
+        if it can't be started."""
+
+    async def stop(self, names: Sequence[str], grace_seconds: float) -> None:
+        """Asks those processes to end, together; kills, with all they have started, what is still there after
+        `grace_seconds`. Returns when they are gone. Unknown names and ended processes are fine."""
+
+    async def next_exit(self) -> ProcessExit:
+        """Waits for the next end of a process that nobody stopped; each is told once."""
+
+    def status(self) -> list[ProcessStatus]:
+        """All processes ever started, in that order."""
+
+    def log_tail(self, name: str, lines: int) -> list[str]:
+        """The last lines of a process's log, oldest first; after its end, all of them are there."""
