@@ -224,6 +224,9 @@ class Recovery(Section, frozen=True):
     """The first failure is answered at once, a second in a row after so long, each further one after twice as long."""
     longest_delay_seconds: Seconds = 1.0
     """Also between two looks for a worker, while there is none: the request's own deadline ends the search."""
+    absence_seconds: Delay = 30.0
+    """A new request, too, waits for a pool whose workers are all away, up to so long after the last of them was there:
+    they may be on their way back. After that, and where there never was one, it gets a 503 at once."""
     breaker_failures: Positive = 3
     """A worker that is blamed so often, and does nothing well in between, gets work only if there is no other."""
     breaker_seconds: Seconds = 2.0

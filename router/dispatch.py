@@ -16,6 +16,7 @@ from cluster.errors import (
     AvailabilityError,
     BatonError,
     IllegalTransition,
+    NoWorker,
     RequestError,
     WorkerLost,
     WorkerStalled,
@@ -244,8 +245,9 @@ class Dispatcher:
         tokenize_seconds: float,
         timeout_seconds: float,
     ) -> Generation:
-        """Places and dispatches all choices. `request` is unique for all time, `alias` the client's own id for it, and
-        `timeout_seconds` all the time it has, from its arrival.
+        """Places and dispatches all choices, or lets them wait for workers that were here a moment ago. `request` is
+        unique for all time, `alias` the client's own id for it, and `timeout_seconds` all the time it has, from its
+        arrival.
 
         Raises `NoWorker` or `PromptTooLong`; then nothing was dispatched.
         """
@@ -254,12 +256,16 @@ class Dispatcher:
             for index, spec in enumerate(specs)
         ]
         generation = Generation(self, specs, traces, self._recovery)
-        for choice in generation.choices:
-            self._fleet.require(choice.need)
-        for choice in generation.choices:
-            self._place(choice, self._fleet.place(choice.need, Hints(shut=self._breakers.shut(self._clock.now()))))
+        try:
+            for choice in generation.choices:
+                self._fleet.require(choice.need)
+        except NoWorker as error:
+            if not self._expected(error):
+                raise
         self._records.add(request, alias, traces)
         generation.start_deadline(timeout_seconds, arrived + timeout_seconds - self._clock.now())
+        for choice in generation.choices:
+            self._seek(choice)
         return generation
 
     def handle(self, choice: _Choice, event: object) -> None:
@@ -379,14 +385,26 @@ class Dispatcher:
 
     def _place_again(self, choice: _Choice, action: PlaceAgain) -> None:
         self._wait_no_more(choice)
-        hints = Hints(action.avoid, action.keep, self._breakers.shut(self._clock.now()))
+        self._seek(choice, action.avoid, action.keep)
+
+    def _seek(
+        self, choice: _Choice, avoid: frozenset[WorkerKey] = frozenset(), keep: frozenset[WorkerKey] = frozenset()
+    ) -> None:
+        """A place for its next attempt."""
         try:
-            placement = self._fleet.place(choice.need_again(), hints)
+            placement = self._fleet.place(
+                choice.need_again(), Hints(avoid, keep, self._breakers.shut(self._clock.now()))
+            )
         except (AvailabilityError, RequestError) as error:
-            self.handle(choice, NotPlaced(error))
-        else:
+            self.handle(choice, NotPlaced(error, self._expected(error)))
+            return
+        if choice.trace.history:
             self._metrics.resumptions.labels(reason=choice.trace.history[-1].end).inc()
-            self._place(choice, placement)
+        self._place(choice, placement)
+
+    def _expected(self, error: BatonError) -> bool:
+        """Whether a worker for it may be on its way back."""
+        return isinstance(error, NoWorker) and self._fleet.absent_seconds() < self._recovery.absence_seconds
 
     def _wait_no_more(self, choice: _Choice) -> None:
         if choice.wait is not None:

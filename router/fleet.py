@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Protocol
 
 import aiohttp
@@ -24,7 +25,7 @@ from cluster.messages import AnyMessage, Fence, Heartbeat, Member, Message, Refu
 from cluster.metrics import RouterMetrics
 from router.fleet_view import FleetLimits, FleetView, WorkerStatus
 from router.hints import NO_HINTS, Hints, narrowed
-from router.policies import Need, Placement, Policy, compatible_groups
+from router.policies import Need, Placement, Policy, Snapshot, compatible_groups
 from router.request_state import WorkerKey
 
 log = get_logger(__name__)
@@ -34,6 +35,8 @@ HELLO_SECONDS = 5.0
 
 STALL_CHECK_SECONDS = 0.1
 """How often silent workers are looked for."""
+SERVED_CHECK_SECONDS = 1.0
+"""How often it is noted that a request could be placed, while none comes."""
 STUCK_SECONDS = 0.5
 """A look that is late by so much says that the router itself had no time to hear anybody."""
 
@@ -77,6 +80,8 @@ class Fleet:
         self._keepers: dict[WorkerKey, asyncio.Task[None]] = {}
         self._events: WorkerEvents | None = None
         self._turn = 0
+        self._served_at = float("-inf")
+        """When there last was a place."""
         self._defect: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def listen(self, events: WorkerEvents) -> None:
@@ -108,7 +113,12 @@ class Fleet:
 
     def place(self, need: Need, hints: Hints = NO_HINTS) -> Placement:
         """Follows the hints where they leave a place. Raises `NoWorker` or `PromptTooLong`."""
-        snapshot = self._view.snapshot(self._clock.now())
+        now = self._clock.now()
+        placement = self._choose(self._view.snapshot(now), need, hints)
+        self._served_at = now
+        return placement
+
+    def _choose(self, snapshot: Snapshot, need: Need, hints: Hints) -> Placement:
         turn, self._turn = self._turn, self._turn + 1
         if hints != NO_HINTS:
             try:
@@ -116,6 +126,10 @@ class Fleet:
             except (NoWorker, PromptTooLong):
                 log.debug("no place by the hints", hints=str(hints))
         return self._policy.place(snapshot, need, turn)
+
+    def absent_seconds(self) -> float:
+        """How long ago a request was, or could have been, placed; infinite if that never was so."""
+        return self._clock.now() - self._served_at
 
     def post(self, key: WorkerKey, message: Message) -> None:
         """To a worker that may just be gone: then `worker_lost` has told, or will tell."""
@@ -153,6 +167,10 @@ class Fleet:
         """Tells of workers that stall. A worker that dies tells by its connection."""
         due = self._clock.now() + STALL_CHECK_SECONDS
         while True:
+            if self.absent_seconds() > SERVED_CHECK_SECONDS:
+                with suppress(NoWorker):
+                    self.require()
+                    self._served_at = self._clock.now()
             await asyncio.sleep(STALL_CHECK_SECONDS)
             now = self._clock.now()
             if now - due > STUCK_SECONDS:

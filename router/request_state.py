@@ -85,6 +85,8 @@ class NotPlaced(msgspec.Struct, frozen=True):
     """There is no place for the next attempt now."""
 
     error: BatonError
+    expected: bool = False
+    """There was one a moment ago, and workers may be on their way back."""
 
 
 class LegStarted(msgspec.Struct, frozen=True):
@@ -324,7 +326,7 @@ class RequestMachine(StateMachine[Action]):
 
     def _not_placed(self, event: NotPlaced, now: float) -> list[Action]:
         """Who had a place once will have one again, when workers are back."""
-        if self.fence is None:
+        if self.fence is None and not event.expected:
             return self._fail(event.error, None)
         return [PlaceAgain(self._budget.not_placed(event.error), self._avoid, self._keep)]
 

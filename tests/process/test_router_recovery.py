@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import msgspec
 import pytest
 
 from cluster.config import Recovery
@@ -123,19 +124,47 @@ async def test_with_nobody_else_the_same_worker_is_tried_again(text, unified):
 
 
 async def test_a_whole_pool_may_be_away_for_a_while(text):
-    """Its only worker dies, and is back in another life later: the request waits for that, as no other one comes in."""
+    """Its only worker dies, and is back in another life later: the request waits for that, and so does a new one."""
     gate = asyncio.Event()
     async with House(text, pair(None, Behaviour(gate=gate)), recovery=SOON) as house:
         asking = asyncio.create_task(whole_stream(house))
         await house.until(lambda: bool(house.workers["decode-0"].attempts))
         await house.workers["decode-0"].close()
         await house.until(lambda: "decode-0" not in house.live())
-        status, answer = await house.post("/v1/completions", prompt="hello")
-        assert (status, answer["error"]["code"]) == (503, "NoWorker"), "a new request is told at once"
-        assert (await house.get("/status"))[1]["in_flight"] == 1
+        new = asyncio.create_task(whole_stream(house))
+        await house.until(lambda: house.server.dispatcher.in_flight == 2)
         await house.add(FakeWorker("decode-0", Role.DECODE, 99))
         first, second = (await record_of(house, await asking))["history"]
         assert (first["end"], second["end"]) == ("worker_lost", "length")
+        assert (await record_of(house, await new))["attempts"] == 1
+
+
+@pytest.mark.parametrize("absence_seconds", [0.0, 0.3])
+async def test_a_new_request_waits_no_longer_for_a_pool_than_it_is_told_to(text, absence_seconds):
+    recovery = msgspec.structs.replace(SOON, absence_seconds=absence_seconds)
+    async with House(text, pair(), recovery=recovery) as house:
+        await house.complete(max_tokens=2)
+        await house.workers["decode-0"].close()
+        await house.until(lambda: "decode-0" not in house.live())
+        status, answer = await house.post("/v1/completions", prompt="hello")
+        assert (status, answer["error"]["code"]) == (503, "NoWorker")
+        await house.until_idle()
+        await house.add(FakeWorker("decode-0", Role.DECODE, 99))
+        await house.until(lambda: "decode-0" in house.live())
+        await house.complete(max_tokens=2)
+
+
+async def test_a_new_request_that_turns_out_too_long_for_the_pool_that_is_back_hears_so(text):
+    async with House(text, pair(), recovery=SOON) as house:
+        await house.complete(max_tokens=2)
+        await house.workers["decode-0"].close()
+        await house.until(lambda: "decode-0" not in house.live())
+        asking = asyncio.create_task(house.post("/v1/completions", prompt="hello", max_tokens=200))
+        await house.until(lambda: house.server.dispatcher.in_flight == 1)
+        await house.add(FakeWorker("decode-0", Role.DECODE, 99, pool_pages=2))
+        status, answer = await asking
+        assert (status, answer["error"]["code"]) == (400, "PromptTooLong")
+        await house.until_idle()
 
 
 async def test_the_wait_for_a_worker_ends_with_the_requests_deadline(text):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Topology
-from cluster.errors import AvailabilityError
+from cluster.errors import AvailabilityError, NoWorker
 from cluster.messages import DecodeAttempt, FinishReason, Message, PrefillAttempt, Sampling
 from router.break_even import BreakEvenPolicy
 from router.dispatch import ChoiceSpec, Delivered, Dispatcher, Ended, Failed, Generation
@@ -166,8 +166,7 @@ class Client:
                 f"{self.name}-{self.connections}", self.name, specs, self.cluster.loop.now(), 0.0, REQUEST_TIMEOUT
             )
         except AvailabilityError:
-            self.refusals += 1
-            self.ask_in(RETRY_AFTER)
+            self._refused()
             return
         router.fleet.machines |= {choice.machine.name: choice.machine for choice in generation.choices}
         try:
@@ -195,9 +194,17 @@ class Client:
                 elif isinstance(event, Ended):
                     self._ended(choice, event)
                 elif isinstance(event, Failed):
+                    if isinstance(event.error, NoWorker) and not any(choice.tokens for choice in self.choices):
+                        self._refused()
+                        return
                     raise Violation(f"{self.name} failed: {type(event.error).__name__}: {event.error}")
                 if choice.end is not None:
                     open_choices.discard(event.choice)
+
+    def _refused(self) -> None:
+        """It was told to come again before it had got anything."""
+        self.refusals += 1
+        self.ask_in(RETRY_AFTER)
 
     def _ended(self, choice: Choice, event: Ended) -> None:
         if choice.tokens != choice.expected:

@@ -403,6 +403,14 @@ def test_while_it_waits_for_a_place_it_can_end(event, state, end):
     assert machine.state is state and kinds(actions) == [*end, "Forget"]
 
 
+def test_a_first_attempt_waits_for_workers_only_where_some_are_expected():
+    expected = NotPlaced(NOT_PLACED.error, expected=True)
+    machine, actions = machine_after([expected])
+    assert actions == [PlaceAgain(0.1, frozenset(), frozenset())] and machine.state is RequestState.UNPLACED
+    assert kinds(machine.handle(expected, 1.0)) == ["PlaceAgain"]
+    assert kinds(machine.handle(NOT_PLACED, 2.0)) == ["Fail", "Forget"]
+
+
 def test_a_deadline_tells_what_went_wrong_before_it():
     machine, _ = failing(PLACED, STARTED, token(0), DECODE_LOST, PLACED, PREFILL_FAILED)
     machine.handle(NOT_PLACED, 3.0)
