@@ -33,7 +33,8 @@ def worker_parser(program: str, what: str) -> argparse.ArgumentParser:
     parser = topology_parser(program, what)
     parser.add_argument("--index", type=int, default=0, help="which replica of the pool this is (default: 0)")
     parser.add_argument("--name", help="its name in the cluster (default: ROLE-INDEX)")
-    parser.add_argument("--host", help="address to listen on, reachable by the others (default: the topology's)")
+    parser.add_argument("--host", help="address at which the others reach it (default: the topology's)")
+    parser.add_argument("--listen", help="address to listen on, if that is another: 0.0.0.0 in a container")
     parser.add_argument("--port", type=int, default=0, help="port to listen on (default: any free one)")
     return parser
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 from aiohttp import web
+from yarl import URL
 
 from cluster.access.security import ClusterSecurity
 from cluster.clock import MonotonicClock
@@ -135,10 +136,13 @@ class WorkerShell:
 
     # --- for the role ------------------------------------------------------------------------------------------------
 
-    async def listen(self, host: str, port: int) -> None:
-        """Raises `ConfigError` if it can't, or may not."""
-        self.security.require_for(host, f"{self.role.value}.host")
-        self._url = await self._server.start(host, port, "choose another port")
+    async def listen(self, host: str, port: int, address: str | None = None) -> None:
+        """On `address`, by default `host`, which is what the others are told. Raises `ConfigError` if it can't, or may
+        not."""
+        address = address or host
+        self.security.require_for(address, f"{self.role.value}.host")
+        url = await self._server.start(address, port, "choose another port")
+        self._url = str(URL(url).with_host(host))
 
     async def run(self, join: Join) -> None:
         """Works until it is drained. `join` makes a life's membership. Raises what the engine process could not start

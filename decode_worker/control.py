@@ -49,8 +49,12 @@ class PeerListener:
         return web.Response()
 
 
-async def serve(topology: Topology, name: str, host: str, port: int, command: EngineCommand) -> int:
+async def serve(
+    topology: Topology, name: str, host: str, port: int, command: EngineCommand, *, listen: str | None = None
+) -> int:
     """Runs the worker until it is drained, by SIGTERM, SIGINT or over HTTP. Returns its exit status.
+
+    The others reach it at `host`, where it also listens unless `listen` names another address of this machine.
 
     Raises `ConfigError` if it can't start and `WorkerLost` when its engine process dies again and again.
     """
@@ -62,7 +66,7 @@ async def serve(topology: Topology, name: str, host: str, port: int, command: En
 
     async with shell.security.session() as session:
         try:
-            await shell.listen(host, port)
+            await shell.listen(host, port, listen)
             await run_until_stopped(asyncio.ensure_future(shell.run(join)), leave=shell.ask_drain)
         finally:
             await shell.close()

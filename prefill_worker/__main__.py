@@ -23,7 +23,7 @@ def main() -> int:
         host = arguments.host or topology.prefill.host
         environment = engine_environment() | backend_environment(topology.kv.transfer)
         command = EngineCommand("prefill_worker.engine_process", [*engine, "--host", host], environment)
-        return await serve(topology, name, host, arguments.port, command)
+        return await serve(topology, name, host, arguments.port, command, listen=arguments.listen)
 
     return run(name, arguments.topology, arguments.set, start)
 

@@ -80,8 +80,12 @@ class PeerDialer:
             await link.close()
 
 
-async def serve(topology: Topology, name: str, host: str, port: int, command: EngineCommand) -> int:
+async def serve(
+    topology: Topology, name: str, host: str, port: int, command: EngineCommand, *, listen: str | None = None
+) -> int:
     """Runs the worker until it is drained, by SIGTERM, SIGINT or over HTTP. Returns its exit status.
+
+    The others reach it at `host`, where it also listens unless `listen` names another address of this machine.
 
     Raises `ConfigError` if it can't start and `WorkerLost` when its engine process dies again and again.
     """
@@ -94,7 +98,7 @@ async def serve(topology: Topology, name: str, host: str, port: int, command: En
         dialer = PeerDialer(session, shell.peers)
         roster = RosterWatcher(session, topology.bootstrap_url, name, dialer.on_change)
         try:
-            await shell.listen(host, port)
+            await shell.listen(host, port, listen)
             working = asyncio.ensure_future(shell.run(join))
             await run_until_stopped(working, asyncio.ensure_future(roster.run()), leave=shell.ask_drain)
         finally:

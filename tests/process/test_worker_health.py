@@ -12,9 +12,10 @@ import aiohttp
 import msgspec
 import psutil
 import pytest
+from yarl import URL
 
 from cluster import worker_shell
-from cluster.config import Bootstrap, Model, Restarts, Topology, Worker
+from cluster.config import Bootstrap, Model, Restarts, Security, Topology, Worker
 from cluster.errors import ConfigError, WorkerLost
 from cluster.links import Link, LinkClosed, dial
 from cluster.messages import (
@@ -74,18 +75,18 @@ def toy_engines() -> list[psutil.Process]:
 class House:
     """A shell at work, and all the memberships it has had."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: Topology = TOPOLOGY) -> None:
         topology = directory / "t.yaml"
-        topology.write_text(dump_topology(TOPOLOGY))
+        topology.write_text(dump_topology(settings))
         arguments = ["--topology", str(topology), "--index", "0", "--name", "w", "--host", "127.0.0.1"]
         self.crashes = directory / "crashes"
         environment = {"PYTHONPATH": f"{STAND_INS}:{STAND_INS.parents[2]}", "CRASHES": str(self.crashes)}
-        self.shell = WorkerShell("w", Role.DECODE, TOPOLOGY, EngineCommand("toy_engine", arguments, environment))
+        self.shell = WorkerShell("w", Role.DECODE, settings, EngineCommand("toy_engine", arguments, environment))
         self.lives: list[Membership] = []
         self.links: list[Link] = []
 
-    async def start(self) -> None:
-        await self.shell.listen("127.0.0.1", 0)
+    async def start(self, host: str = "127.0.0.1", listen: str | None = None) -> None:
+        await self.shell.listen(host, 0, listen)
         self.url = self.shell._url
         self.running = asyncio.ensure_future(self.shell.run(self._join))
 
@@ -355,3 +356,16 @@ async def test_an_engine_process_that_dies_while_it_drains_ends_the_worker_in_pe
     house.engine.send_signal(signal.SIGKILL)
     await asyncio.wait_for(house.running, SOON)
     assert toy_engines() == []
+
+
+async def test_a_worker_in_a_container_listens_everywhere_and_tells_the_address_that_others_reach(tmp_path, http):
+    house = House(tmp_path, msgspec.structs.replace(TOPOLOGY, security=Security(allow_insecure=True)))
+    await house.start("127.0.0.2", listen="0.0.0.0")
+    try:
+        member = await house.up()
+        assert member.url.startswith("http://127.0.0.2:")
+        for host in ("127.0.0.2", "127.0.0.1"):
+            async with http.get(URL(member.url).with_host(host) / "live") as response:
+                assert response.status == 200
+    finally:
+        await house.close()
