@@ -324,6 +324,8 @@ class PeerHello(Message, frozen=True):
     """What the other side's transfer backend needs to reach this one's registered pool."""
     engine: ProcessIdentity
     """The process that writes, or is written to."""
+    to_epoch: int = 0
+    """The life of the other side that it is meant for; 0: any."""
     version: int = SCHEMA_VERSION
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import msgspec
+
 from cluster import process_identity
 from cluster.engine_messages import FromPeer, PeerDown, PeerUp, ToPeer
-from cluster.errors import LayoutMismatch, UnknownMessage, from_info
+from cluster.errors import LayoutMismatch, StaleFence, UnknownMessage, from_info
 from cluster.layout import SCHEMA_VERSION
 from cluster.links import Link, LinkClosed
 from cluster.logging import get_logger
@@ -39,17 +41,25 @@ FOR_ENGINE = (Offer, Grant, Done, Ack, Abort, Aborted, DeathWitnessed)
 
 
 def require_compatible(ours: PeerHello, theirs: PeerHello) -> None:
-    """Raises `LayoutMismatch` or `UnknownMessage`, with both sides' values, unless the two can hand over KV."""
+    """Raises `LayoutMismatch` or `UnknownMessage`, with both sides' values, unless the two can hand over KV; and
+    `StaleFence` if their hello is for another life of this worker, or for whoever was at this address before."""
     if theirs.version != ours.version:
         raise UnknownMessage(
             f"{theirs.worker} speaks schema version {theirs.version}, {ours.worker} speaks {SCHEMA_VERSION}: "
             "update the older one"
         )
     ours.layout.require_equal(theirs.layout, ours=ours.worker, theirs=theirs.worker)
+    if theirs.to_epoch not in (0, ours.epoch):
+        raise StaleFence(f"{ours.worker} is of epoch {ours.epoch}, the hello of {theirs.worker} for {theirs.to_epoch}")
     if theirs.transfer != ours.transfer:
         raise LayoutMismatch(
             f"transfer engines differ: {ours.worker} uses {ours.transfer}, {theirs.worker} uses {theirs.transfer}"
         )
+
+
+def addressed(ours: PeerHello, epoch: int) -> PeerHello:
+    """Our hello to that life of the other side, and to no other."""
+    return msgspec.structs.replace(ours, to_epoch=epoch)
 
 
 async def receive_hello(link: Link, role: Role) -> PeerHello:

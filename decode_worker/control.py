@@ -12,7 +12,7 @@ from cluster.errors import Draining, ProtocolError
 from cluster.links import LinkClosed, accept
 from cluster.logging import get_logger
 from cluster.messages import Member, Refused, Role
-from cluster.peers import receive_hello, require_compatible
+from cluster.peers import addressed, receive_hello, require_compatible
 from cluster.server_process import run_until_stopped
 from cluster.worker_shell import EngineCommand, WorkerShell
 
@@ -36,7 +36,7 @@ class PeerListener:
             if ours is None:
                 raise Draining(f"{self._worker} has no engine process yet")
             require_compatible(ours, theirs)
-            link.post(ours)
+            link.post(addressed(ours, theirs.epoch))
             await self._peers.relay(ours, theirs, link)
         except LinkClosed:
             pass

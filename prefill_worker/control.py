@@ -8,11 +8,11 @@ import aiohttp
 
 from bootstrap.client import Registration, RosterWatcher
 from cluster.config import Topology
-from cluster.errors import AvailabilityError, ProtocolError
+from cluster.errors import AvailabilityError, ProtocolError, StaleFence
 from cluster.links import Backoff, LinkClosed, dial
 from cluster.logging import get_logger
 from cluster.messages import Member, Role
-from cluster.peers import PeerTable, receive_hello, require_compatible
+from cluster.peers import PeerTable, addressed, receive_hello, require_compatible
 from cluster.server_process import run_until_stopped
 from cluster.worker_shell import EngineCommand, WorkerShell
 
@@ -61,7 +61,7 @@ class PeerDialer:
         while self._wanted.get(member.worker) == member.epoch:
             try:
                 await self._connect(member)
-            except (LinkClosed, AvailabilityError) as reason:
+            except (LinkClosed, AvailabilityError, StaleFence) as reason:
                 log.debug("peer is away", peer=member.worker, reason=str(reason))
             except ProtocolError as error:
                 log.error("peer does not fit", peer=member.worker, error=str(error))
@@ -72,7 +72,7 @@ class PeerDialer:
         ours = await self._peers.hello()
         link = await dial(self._session, f"{member.url}/peer")
         try:
-            link.post(ours)
+            link.post(addressed(ours, member.epoch))
             theirs = await receive_hello(link, Role.DECODE)
             require_compatible(ours, theirs)
             await self._peers.relay(ours, theirs, link)

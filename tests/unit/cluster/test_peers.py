@@ -10,11 +10,11 @@ import pytest
 
 from cluster import process_identity
 from cluster.engine_messages import FromPeer, PeerUp
-from cluster.errors import UnknownMessage
+from cluster.errors import StaleFence, UnknownMessage
 from cluster.layout import KVLayout
 from cluster.links import LinkClosed
 from cluster.messages import DeathAsked, DeathWitnessed, Message, Offer, PeerHello, Role
-from cluster.peers import PeerTable
+from cluster.peers import PeerTable, require_compatible
 from tests.unit.kv_transfer.world import fence
 
 LAYOUT = KVLayout("model", "float32", 16, 2, 1, 8)
@@ -75,3 +75,19 @@ async def test_what_does_not_belong_between_workers_ends_the_link():
     table.open(hello)
     with pytest.raises(UnknownMessage, match="PeerUp"):
         await table.relay(hello, hello, Wire(PeerUp(hello)))
+
+
+def hello_of(role: Role, epoch: int, to_epoch: int = 0) -> PeerHello:
+    identity = process_identity.current()
+    return PeerHello(role.value, role, epoch, LAYOUT, "memory", b"", identity, to_epoch=to_epoch)
+
+
+@pytest.mark.parametrize("to_epoch", [0, 7])
+def test_a_hello_to_this_life_or_to_any_is_taken(to_epoch):
+    require_compatible(hello_of(Role.DECODE, 7), hello_of(Role.PREFILL, 5, to_epoch))
+
+
+def test_a_hello_to_an_earlier_life_at_this_address_is_refused_before_anything_else_is_compared():
+    theirs = msgspec.structs.replace(hello_of(Role.PREFILL, 5, to_epoch=6), transfer="another")
+    with pytest.raises(StaleFence, match=r"epoch 7.* for 6"):
+        require_compatible(hello_of(Role.DECODE, 7), theirs)
