@@ -50,7 +50,7 @@ log = get_logger(__name__)
 EARLY_OFFER_SECONDS = 10.0
 """An offer whose attempt has not come from the router by then is refused: the router is gone."""
 ENDED_MEMORY = 4096
-"""Fences of ended attempts that are remembered, so that a late offer for one is refused at once."""
+"""Fences of ended attempts that are remembered, so that what comes late for one is refused at once."""
 LINGER_SECONDS = 0.001
 """How long a step may wait for KV that has arrived to be verified: a sequence that misses it waits for all of it."""
 PeerMessage = FromPeer | PeerUp | PeerDown
@@ -140,7 +140,7 @@ class DecodeLoop:
             self._stale += 1
             return
         try:
-            self._require_our_life(fence)
+            self._require_new(fence)
             self._engine.require_computable(_sequence(message, now))
             if self._quarantine.closing:
                 raise Draining(CLOSING)
@@ -154,10 +154,14 @@ class DecodeLoop:
         if self._early.pop(fence, None) is not None:
             self._feed(fence, state.OfferArrived(), now)
 
-    def _require_our_life(self, fence: Fence) -> None:
+    def _require_new(self, fence: Fence) -> None:
+        """For an attempt that has ended here no offer will come any more: it would wait for one without end."""
         if fence.decode_epoch != self._epoch:
             self._stale += 1
             raise StaleFence(f"this worker's epoch is {self._epoch}: the attempt is for another life of it")
+        if fence in self._ended:
+            self._stale += 1
+            raise StaleFence(f"the attempt {fence} has ended here")
 
     # --- steps -------------------------------------------------------------------------------------------------------
 

@@ -371,6 +371,22 @@ def test_a_repeated_attempt_is_counted_and_changes_nothing(pair):
     assert set(pair.ends(fence)) == {Role.PREFILL, Role.DECODE}
 
 
+@pytest.mark.parametrize("end", ["finished", "cancelled"])
+def test_an_attempt_that_comes_again_after_its_end_is_refused_and_does_not_wait(pair, end):
+    fence = pair.request("late", prompt(20), GREEDY)
+    if end == "cancelled":
+        pair.cancel(fence)
+    pair.settle()
+    said = len(pair.router[fence])
+    pair.to_decode.append(FromRouter(ROUTER, DecodeAttempt(fence, prompt(20), GREEDY, "prefill")))
+    pair.settle()
+    (refused,) = pair.router[fence][said:]
+    assert refused.error.code == "StaleFence"
+    assert not from_info(refused.error).fault, "nobody has done wrong"
+    assert (pair.decode.load().queued, pair.decode.load().stale_messages) == (0, 1)
+    pair.assert_nothing_left()
+
+
 def test_closing_ends_the_transfer_thread(pair):
     pair.prefill.close()
     pair.decode.close()
