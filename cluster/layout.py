@@ -2,10 +2,12 @@
 
 One page holds all layers of `page_size` consecutive tokens, contiguously:
 
-    [layers, 2 (K then V), kv_heads, page_size, head_dim]      of `dtype`
+    [kv_heads, layers, 2 (K then V), page_size, head_dim]      of `dtype`
 
-so that a page is one range of bytes: one descriptor of a transfer engine, one digest. The pool is `pages` of these in a
-row. Two workers can hand over to each other when their fingerprints are equal.
+so that a page is one range of bytes, and so is any range of its heads: one descriptor of a transfer engine, one
+digest. The pool is `pages` of these in a row. Of a worker whose model is spread over `shards` ranks, each rank has a
+pool of its own, with its heads of each page (`cluster.shards`). Two workers can hand over to each other when their
+fingerprints are equal; how many shards they have does not matter.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import msgspec
 from msgspec import Meta
 
 from cluster.errors import LayoutMismatch
+from cluster.shards import key_value_heads
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the messages and of the page format; both ends of a connection must have the same."""
 
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -26,7 +29,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class KVLayout(msgspec.Struct, frozen=True):
-    """What two workers must agree on to exchange pages. `model` is a digest of the weights' identity, not a path."""
+    """What two workers must agree on to exchange pages, all but `shards`: into how many ranks the heads are divided.
+    `model` is a digest of the weights' identity, not a path."""
 
     model: str
     dtype: str
@@ -40,8 +44,13 @@ class KVLayout(msgspec.Struct, frozen=True):
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page, all layers, K and V."""
+        """Bytes of one page, all heads and layers, K and V."""
         return self.token_bytes * self.page_size
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head's part of a page."""
+        return self.page_bytes // self.kv_heads
 
     @property
     def token_bytes(self) -> int:
@@ -52,14 +61,23 @@ class KVLayout(msgspec.Struct, frozen=True):
         """Pages that `tokens` tokens occupy."""
         return -(-tokens // self.page_size)
 
+    def of_rank(self, rank: int) -> KVLayout:
+        """Of one rank's own pool: its heads, undivided."""
+        heads = key_value_heads(self.kv_heads, self.shards, rank)
+        return msgspec.structs.replace(self, kv_heads=len(heads), shards=1)
+
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that are equal exactly when the layouts are."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+        """16 hex digits that are equal exactly when pages can be exchanged."""
+        return hashlib.sha256(msgspec.json.encode(self._undivided)).hexdigest()[:16]
 
-    def require_equal(self, other: KVLayout, *, ours: str, theirs: str) -> None:
-        """Raises `LayoutMismatch`, with both layouts and the fields that differ, unless `other` equals this one."""
-        if self == other:
+    @property
+    def _undivided(self) -> KVLayout:
+        return msgspec.structs.replace(self, shards=1)
+
+    def require_compatible(self, other: KVLayout, *, ours: str, theirs: str) -> None:
+        """Raises `LayoutMismatch`, with both layouts and the fields that differ, unless pages can be exchanged."""
+        if self._undivided == other._undivided:
             return
         mine, its = msgspec.to_builtins(self), msgspec.to_builtins(other)
         differing = ", ".join(f"{key}: {mine[key]} != {its[key]}" for key in mine if mine[key] != its[key])

@@ -1,7 +1,8 @@
 """The KV pool: one contiguous allocation in the layout of `cluster.layout`, and views of it for attention.
 
 A page is one range of bytes, so that a transfer engine can write it in one piece; that is why a layer's keys are
-strided across the pool. Within a page a head's tokens are neighbours: attention gathers head by head, in pieces of
+strided across the pool. Within a page all of a head is one range, so that workers whose heads are divided differently
+still exchange whole ranges; and a head's tokens are neighbours: attention gathers head by head, in pieces of
 page_size * head_dim, twice as fast on CPU as token by token. Which page belongs to whom is `engine.pages`' business.
 """
 
@@ -21,7 +22,7 @@ GIB = 1 << 30
 
 
 class KVCache:
-    """`pool` is [pages, layers, 2 (K then V), kv_heads, page_size, head_dim]; zeros at first. Owns its memory.
+    """`pool` is [pages, kv_heads, layers, 2 (K then V), page_size, head_dim]; zeros at first. Owns its memory.
 
     Raises `ConfigError` if the machine has not that much left: the kernel would grant it, and kill us when it is used.
     """
@@ -34,7 +35,7 @@ class KVCache:
         _require_memory(layout, pages, device)
         memory = zeros_in_huge_pages(pages * layout.page_bytes + ALIGNMENT, device)
         begin = -memory.data_ptr() % ALIGNMENT
-        shape = (pages, layout.layers, 2, layout.kv_heads, layout.page_size, layout.head_dim)
+        shape = (pages, layout.kv_heads, layout.layers, 2, layout.page_size, layout.head_dim)
         self.pool = memory[begin : begin + pages * layout.page_bytes].view(dtype).view(shape)
 
     @property
@@ -48,11 +49,11 @@ class KVCache:
 
     def by_head(self, layer: int) -> Tensor:
         """One layer as [2, kv_heads, pages, page_size, head_dim], a strided view."""
-        return self.pool[:, layer].permute(1, 2, 0, 3, 4)
+        return self.pool[:, :, layer].permute(2, 1, 0, 3, 4)
 
     def by_token(self, layer: int) -> Tensor:
         """One layer as [2, pages, page_size, kv_heads, head_dim], a strided view."""
-        return self.pool[:, layer].permute(1, 0, 3, 2, 4)
+        return self.pool[:, :, layer].permute(2, 0, 3, 1, 4)
 
     def clear(self, pages: list[int]) -> None:
         """Zeroes these pages in all layers."""

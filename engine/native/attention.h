@@ -26,13 +26,14 @@ struct Span {
     int32_t row, start, stop, first_page;
 };
 
-// One layer's part of the pool: a page is [K then V][kv_heads][page_size][head_dim], the next page `page_stride` on.
+// One layer's part of the pool: a head's part of a page is [K then V][page_size][head_dim], the next head's is
+// `head_stride` on, the next page's `page_stride`.
 template <class Type>
 struct LayerCache {
     typename Type::Element* base;
-    int64_t page_stride;
+    int64_t page_stride, head_stride;
     const int32_t* pages;
-    int kv_heads, page_size, head_dim;
+    int page_size, head_dim;
 
     // Keys [begin, begin + BLOCK_KEYS) of a head, nullptr from `stop` on; a value is `value_offset` behind its key.
     void locate(const typename Type::Element* (&keys)[BLOCK_KEYS], const Span& span, int head, int begin,
@@ -41,14 +42,15 @@ struct LayerCache {
         int slot = begin % page_size;
         const int count = std::min(stop - begin, BLOCK_KEYS);
         for (int key = 0; key < count;) {
-            const auto* from = base + *page++ * page_stride + (static_cast<int64_t>(head) * page_size + slot) * head_dim;
+            const auto* from =
+                base + *page++ * page_stride + head * head_stride + static_cast<int64_t>(slot) * head_dim;
             for (; slot < page_size && key < count; ++slot, from += head_dim) keys[key++] = from;
             slot = 0;
         }
         for (int key = std::max(count, 0); key < BLOCK_KEYS; ++key) keys[key] = nullptr;
     }
 
-    int64_t value_offset() const { return static_cast<int64_t>(kv_heads) * page_size * head_dim; }
+    int64_t value_offset() const { return static_cast<int64_t>(page_size) * head_dim; }
 };
 
 struct AttentionShape {

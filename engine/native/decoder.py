@@ -167,7 +167,7 @@ class NativeDecoder:
             gate_up_bias=keep(None if gate_up_bias is None else paired_bias(gate_up_bias)),
             down=place(packed(weights.down.weight)),
             down_bias=keep(weights.down.bias),
-            cache=self._cache.pool[:, layer].data_ptr(),
+            cache=self._cache.pool[:, :, layer].data_ptr(),
             window=window or 0,
         )
 
@@ -176,7 +176,7 @@ class _WorkSpace:
     """The buffers of one step, which grow with its rows, and the pointers to them."""
 
     def __init__(self, config: ModelConfig, cache: KVCache) -> None:
-        self.pointers = StepPointers(page_stride=cache.pool.stride(0))
+        self.pointers = StepPointers(page_stride=cache.pool.stride(0), head_stride=cache.pool.stride(1))
         self._config = config
         self._dtype = cache.pool.dtype
         self._hidden = torch.empty(0, config.hidden_size, dtype=self._dtype)

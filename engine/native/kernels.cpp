@@ -31,7 +31,7 @@ struct Step {
     int32_t rows, spans;
     const Span* span;
     const int32_t* pages;
-    int64_t page_stride;
+    int64_t page_stride, head_stride;
     const float *cosine, *sine;  // [rows, head_dim / 2]
     const int32_t* slots;        // [rows, 2]: page, and offset in it, of each row's key and value
     void *hidden, *normed, *query_key_value, *attended, *activated;
@@ -131,7 +131,7 @@ class Layer {
           weights_(weights),
           step_(step),
           team_(team),
-          cache_{static_cast<Element<Type>*>(weights.cache), step.page_stride, step.pages, shape.kv_heads,
+          cache_{static_cast<Element<Type>*>(weights.cache), step.page_stride, step.head_stride, step.pages,
                  shape.page_size, shape.head_dim},
           query_width_(shape.heads * shape.head_dim),
           width_((shape.heads + 2 * shape.kv_heads) * shape.head_dim) {}
@@ -203,8 +203,8 @@ class Layer {
         const int head_dim = shape_.head_dim;
         const int64_t values = static_cast<int64_t>(shape_.kv_heads) * head_dim;
         for (int head = 0; head < shape_.kv_heads; ++head) {
-            const int64_t slot = static_cast<int64_t>(head) * shape_.page_size + offset;
-            Element<Type>* key = cache_.base + page * step_.page_stride + slot * head_dim;
+            Element<Type>* key =
+                cache_.base + page * step_.page_stride + head * step_.head_stride + static_cast<int64_t>(offset) * head_dim;
             std::memcpy(key, keys + head * head_dim, head_dim * sizeof(Element<Type>));
             std::memcpy(key + cache_.value_offset(), keys + values + head * head_dim, head_dim * sizeof(Element<Type>));
         }

@@ -63,6 +63,7 @@ class StepPointers(ctypes.Structure):
         ("span", ctypes.c_void_p),
         ("pages", ctypes.c_void_p),
         ("page_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
             for name in (
