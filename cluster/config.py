@@ -7,7 +7,7 @@ times in seconds. Only this package reads the environment.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
@@ -18,6 +18,7 @@ NonNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(gt=0)]
 Delay = Annotated[float, Meta(ge=0)]
 """In seconds; 0: none."""
+Amount = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Cores = list[list[NonNegative]]
@@ -97,6 +98,15 @@ class ClientCertificates(str, Enum):
     """Whoever connects needs no certificate."""
     REQUIRED = "required"
     """Mutual TLS: whoever connects shows a certificate that `ca` has signed."""
+
+
+class LauncherName(str, Enum):
+    """Where the cluster's processes run, see `deploy.launchers`."""
+
+    LOCAL = "local"
+    """On this machine, as long as `baton up` runs."""
+    RAY = "ray"
+    """The workers on the nodes of a Ray cluster, bootstrap and router where `baton up` runs, and as long as it runs."""
 
 
 class Model(Section, frozen=True):
@@ -344,6 +354,31 @@ class Decode(Section, frozen=True):
     scheduling: DecodeScheduling = DecodeScheduling()
 
 
+class RayPool(Section, frozen=True):
+    """What each worker of a pool reserves of the node that Ray finds for it, for each of its ranks."""
+
+    cpus: Amount = 1.0
+    """Kept free of Ray's other work. Which cores they are, `cpus` of the pool's own section says."""
+    gpus: Amount = 0.0
+    """A worker sees those that it has reserved, and no others."""
+    resources: dict[Text, Amount] = {}
+    """Further ones, by the names that `ray start --resources` gave to nodes: {prefill: 1}."""
+
+
+class Ray(Section, frozen=True):
+    """With `launch: ray`. Baton must be installed on each node, or come with `runtime_env`.
+
+    ray: {address: auto, decode: {gpus: 1, resources: {decode: 1}}}
+    """
+
+    address: Text = "auto"
+    """Of the head's GCS, HOST:PORT. auto: the Ray cluster that this machine belongs to."""
+    runtime_env: dict[Text, Any] = {}
+    """What Ray prepares for the workers on each node, as `ray.init` takes it: {pip: [...], env_vars: {...}}."""
+    prefill: RayPool = RayPool()
+    decode: RayPool = RayPool()
+
+
 class Logging(Section, frozen=True):
     level: LogLevel = LogLevel.INFO
     json: bool = True
@@ -365,6 +400,9 @@ class Topology(Section, frozen=True):
     restarts: Restarts = Restarts()
     logging: Logging = Logging()
     security: Security = Security()
+    launch: LauncherName = LauncherName.LOCAL
+    """Where it runs."""
+    ray: Ray = Ray()
 
     @property
     def unified(self) -> bool:

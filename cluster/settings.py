@@ -174,11 +174,18 @@ def _describe(kind: inspect.Type) -> str:
         return " or ".join(_describe(choice) for choice in kind.types)
     if isinstance(kind, inspect.ListType):
         return f"a list, each entry {_describe(kind.item_type)}"
+    if isinstance(kind, inspect.DictType):
+        return f"a mapping from names, each to {_describe(kind.value_type)}"
     if isinstance(kind, inspect.IntType):
         return f"a whole number{_bounds(kind)}"
     if isinstance(kind, inspect.FloatType):
         return f"a number{_bounds(kind)}"
-    words = {inspect.StrType: "text", inspect.BoolType: "true or false", inspect.NoneType: "nothing"}
+    words = {
+        inspect.StrType: "text",
+        inspect.BoolType: "true or false",
+        inspect.NoneType: "nothing",
+        inspect.AnyType: "a value",
+    }
     return words.get(type(kind), "another value")
 
 
