@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from cluster.access.file_version import FileVersion, version_of
 from cluster.clock import Clock
 from cluster.errors import ConfigError
 from cluster.logging import get_logger
@@ -31,18 +32,10 @@ class KeySource(NamedTuple):
     shortest: int = 1
 
 
-class _Seen(NamedTuple):
-    """What tells one version of a file from the next: a replaced file has another inode."""
-
-    changed_ns: int
-    inode: int
-    size: int
-
-
 class KeyRing:
     """The keys of one source. `open_ring` makes it; lives on one event loop."""
 
-    def __init__(self, source: KeySource, keys: tuple[bytes, ...], clock: Clock, seen: _Seen | None) -> None:
+    def __init__(self, source: KeySource, keys: tuple[bytes, ...], clock: Clock, seen: FileVersion | None) -> None:
         self._source = source
         self._keys = keys
         self._clock = clock
@@ -68,7 +61,7 @@ class KeyRing:
 
     def _look(self, file: Path) -> None:
         try:
-            seen = _look_at(file)
+            seen = version_of(file)
             if seen == self._seen:
                 return
             self._seen = seen
@@ -86,17 +79,12 @@ def open_ring(source: KeySource, clock: Clock) -> KeyRing | None:
         return None if text is None else KeyRing(source, _parse(text, source.variable, source), clock, None)
     file = Path(source.file)
     try:
-        seen, text = _look_at(file), file.read_text(encoding="utf-8")
+        seen, text = version_of(file), file.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{source.setting}: {file} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source.setting}: {file} is not text in UTF-8") from error
     return KeyRing(source, _parse(text, f"{source.setting}: {file}", source), clock, seen)
-
-
-def _look_at(file: Path) -> _Seen:
-    found = file.stat()
-    return _Seen(found.st_mtime_ns, found.st_ino, found.st_size)
 
 
 def _parse(text: str, place: str, source: KeySource) -> tuple[bytes, ...]:

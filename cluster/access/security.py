@@ -21,7 +21,7 @@ SHORTEST_SECRET = 16
 
 
 class ClusterSecurity:
-    """The cluster's secret and TLS, read once at a process's start. Raises `ConfigError` for what can't be used."""
+    """The cluster's secret and TLS, followed when their files change. Raises `ConfigError` for what can't be used."""
 
     def __init__(self, config: Security, clock: Clock | None = None) -> None:
         self._config = config

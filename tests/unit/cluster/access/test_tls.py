@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 
@@ -75,6 +76,52 @@ async def test_a_server_of_another_authority_or_another_name_is_not_trusted(auth
     with pytest.raises(aiohttp.ClientConnectorCertificateError):
         await ask(server, client)
     assert await ask(server, Tls(certificate=node.certificate, ca=authority.certificate, check_names=False)) == "https"
+
+
+async def test_renewed_files_are_used_for_the_next_connection_on_both_sides(authority, node, tmp_path):
+    """All of the server, the client and their authority change while both run; in between, a broken renewal."""
+    files = {name: tmp_path / name for name in ("node.pem", "node.key", "ca.pem")}
+
+    def put(name: str, source: str) -> None:
+        shutil.copy(source, tmp_path / "new")
+        (tmp_path / "new").replace(files[name])
+
+    for name, source in zip(files, (node.certificate, node.key, authority.certificate), strict=True):
+        put(name, source)
+    mutual = Tls(*(str(file) for file in files.values()), client_certificates=REQUIRED)
+    (tmp_path / "renewed").mkdir()
+    new_authority = Authority(tmp_path / "renewed")
+    new_node = new_authority.sign("node")
+
+    async def tell(reader, writer):
+        writer.write(_serial(writer).encode() + b"\n")
+        writer.close()
+
+    server = await asyncio.start_server(tell, "127.0.0.1", 0, ssl=server_context(mutual, "security.tls"))
+    context = client_context(mutual, "security.tls")
+
+    async def serials() -> tuple[str, str]:
+        """Of the server's certificate and of the client's, as the other side sees them."""
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname(), ssl=context)
+        try:
+            return _serial(writer), (await reader.readline()).decode().strip()
+        finally:
+            writer.close()
+
+    try:
+        before = await serials()
+        put("node.pem", new_node.certificate)
+        assert await serials() == before, "without its key it is of no use"
+        put("ca.pem", new_authority.certificate)
+        put("node.key", new_node.key)
+        after = await serials()
+        assert after[0] == after[1] != before[0] == before[1]
+    finally:
+        server.close()
+
+
+def _serial(writer: asyncio.StreamWriter) -> str:
+    return writer.get_extra_info("peercert")["serialNumber"]
 
 
 def test_without_a_certificate_there_is_no_tls_and_keys_that_would_do_nothing_are_an_error(authority):
