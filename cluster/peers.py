@@ -48,9 +48,9 @@ def require_compatible(ours: PeerHello, theirs: PeerHello) -> None:
             f"{theirs.worker} speaks schema version {theirs.version}, {ours.worker} speaks {SCHEMA_VERSION}: "
             "update the older one"
         )
-    ours.layout.require_equal(theirs.layout, ours=ours.worker, theirs=theirs.worker)
     if theirs.to_epoch not in (0, ours.epoch):
         raise StaleFence(f"{ours.worker} is of epoch {ours.epoch}, the hello of {theirs.worker} for {theirs.to_epoch}")
+    ours.layout.require_compatible(theirs.layout, ours=ours.worker, theirs=theirs.worker)
     if theirs.transfer != ours.transfer:
         raise LayoutMismatch(
             f"transfer engines differ: {ours.worker} uses {ours.transfer}, {theirs.worker} uses {theirs.transfer}"
