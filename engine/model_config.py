@@ -127,7 +127,6 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     refused = {
         f"hidden_act {config.get('hidden_act')!r} (only silu)": config.get("hidden_act", "silu")
         not in ("silu", "swish"),
-        "quantization_config (only plain float weights, or GGUF)": config.get("quantization_config") is not None,
         f"partial_rotary_factor {partial} (only 1)": partial != 1.0,
     }
     for feature, present in refused.items():

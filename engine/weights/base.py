@@ -33,8 +33,12 @@ class Weights(Protocol):
     def shapes(self) -> Mapping[str, Shape]:
         """Of all parameters."""
 
+    def stored_bytes(self) -> Mapping[str, int]:
+        """Of each parameter on disk, with the scales that belong to it; empty if nothing is on disk."""
+
     def read(self, name: str) -> Tensor:
-        """One parameter, on CPU, in whatever float dtype it is stored. Raises `ModelError` for a damaged file."""
+        """One parameter, on CPU, in a float dtype: its own, or float32 if it is quantised. Raises `ModelError` for a
+        damaged file."""
 
 
 class ModelFiles(NamedTuple):

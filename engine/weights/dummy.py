@@ -25,6 +25,9 @@ class DummyWeights:
     def shapes(self) -> Mapping[str, Shape]:
         return self._shapes
 
+    def stored_bytes(self) -> Mapping[str, int]:
+        return {}
+
     def read(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):

@@ -73,6 +73,9 @@ class GGUFWeights:
     def shapes(self) -> Mapping[str, Shape]:
         return {name: _shape(tensor) for name, tensor in self._tensors.items()}
 
+    def stored_bytes(self) -> Mapping[str, int]:
+        return {name: int(tensor.n_bytes) for name, tensor in self._tensors.items()}
+
     def read(self, name: str) -> Tensor:
         weight = torch.from_numpy(_dequantize(self._tensors[name]))
         heads = self._rotated_heads.get(name.split(".")[-2])

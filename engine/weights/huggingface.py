@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,23 +15,33 @@ from torch import Tensor
 from cluster.config import WeightsFrom
 from cluster.errors import ModelError
 from engine.model_config import ModelConfig, from_huggingface
-from engine.weights.base import ModelFiles, Shape, identity_of
+from engine.weights.base import ModelFiles, Shape, identity_of, parameter_shapes
 from engine.weights.dummy import DummyWeights
+from engine.weights.quantized.config import quantization_of
+from engine.weights.quantized.weights import QuantizedWeights, refuse_bare_codes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_DIGITS = re.compile(r"\d+")
+"""The first number in the name of a dtype (BF16, F8_E4M3, I32) is its size in bits."""
 
 
 def open_folder(folder: Path, weights: WeightsFrom) -> ModelFiles:
     """The model in `folder`, which needs no weights if they are to be dummies. Raises `ModelError`."""
-    config = from_huggingface(_read_json(folder / "config.json"))
+    described = _read_json(folder / "config.json")
+    config = from_huggingface(described)
     if weights is WeightsFrom.DUMMY:
         return ModelFiles(config, DummyWeights(config))
-    return ModelFiles(config, SafetensorsWeights(config, folder))
+    quantization = quantization_of(described)
+    files = SafetensorsWeights(config, folder)
+    if quantization is None:
+        refuse_bare_codes(files, files.shapes())
+        return ModelFiles(config, files)
+    return ModelFiles(config, QuantizedWeights(files, quantization.scheme, parameter_shapes(config)))
 
 
 class SafetensorsWeights:
-    """Implements `Weights`. Files are mapped, so a parameter is read from disk when it is asked for."""
+    """Implements `Weights` and `StoredTensors`. Files are mapped: a tensor is read from disk when it is asked for."""
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
         files = _files(folder)
@@ -39,6 +51,14 @@ class SafetensorsWeights:
 
     def shapes(self) -> Mapping[str, Shape]:
         return {name: tuple(self._handles[file].get_slice(name).get_shape()) for name, file in self._file_of.items()}
+
+    def stored_dtype(self, name: str) -> str:
+        dtype: str = self._handles[self._file_of[name]].get_slice(name).get_dtype()
+        return dtype
+
+    def stored_bytes(self) -> dict[str, int]:
+        bits = {name: int(_DIGITS.findall(self.stored_dtype(name))[0]) for name in self._file_of}
+        return {name: math.prod(shape) * bits[name] // 8 for name, shape in self.shapes().items()}
 
     def read(self, name: str) -> Tensor:
         file = self._file_of[name]
