@@ -47,9 +47,10 @@ class ClusterSecurity:
             close_gate(app, self._secret, open_paths, on_refused, self._clock)
 
     def session(self) -> aiohttp.ClientSession:
-        """A session for what workers and bootstrap serve. The caller closes it."""
+        """A session for what workers and bootstrap serve. The caller closes it. There is a link to each worker of the
+        cluster in it, for as long as that lives: aiohttp's own limit is 100 connections."""
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(ssl=self._client_tls or True),
+            connector=aiohttp.TCPConnector(limit=0, ssl=self._client_tls or True),
             middlewares=[] if self._secret is None else [ProvingMiddleware(self._secret)],
         )
 

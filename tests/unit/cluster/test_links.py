@@ -10,6 +10,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from cluster import links
+from cluster.access.security import ClusterSecurity
+from cluster.config import Security
 from cluster.engine_messages import Stop
 from cluster.errors import UnknownMessage
 from cluster.links import Backoff, Link, LinkClosed, accept, dial
@@ -98,3 +100,11 @@ def test_backoff_doubles_to_its_limit_and_starts_over():
     assert [round(backoff.next(), 3) for _ in range(5)] == [0.1, 0.2, 0.4, 0.5, 0.5]
     backoff.reset()
     assert backoff.next() == 0.1
+
+
+async def test_one_process_holds_links_to_more_workers_than_a_browser_has_connections(pair):
+    async with ClusterSecurity(Security()).session() as session:
+        dialed = await asyncio.wait_for(asyncio.gather(*(dial(session, pair.url) for _ in range(110))), 30)
+        assert not any(link.closed for link in dialed)
+        pair.done.set()
+        await asyncio.gather(*(link.close() for link in dialed))
