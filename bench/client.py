@@ -80,6 +80,12 @@ class Timeline(msgspec.Struct, kw_only=True):
         """The longest time without a token, from the first one on; 0 for fewer than two."""
         return max((later - earlier for earlier, later in pairwise(self.arrivals)), default=0.0)
 
+    def by(self, clock: Callable[[float], float]) -> Timeline:
+        """The same by another clock, which tells its time for one of the monotonic clock."""
+        ended = None if self.ended_at is None else clock(self.ended_at)
+        arrivals = [clock(at) for at in self.arrivals]
+        return msgspec.structs.replace(self, sent_at=clock(self.sent_at), arrivals=arrivals, ended_at=ended)
+
     def tokens_between(self, start: float, end: float) -> int:
         """Tokens that came in [start, end)."""
         return sum(count for at, count in zip(self.arrivals, self.counts, strict=True) if start <= at < end)

@@ -127,7 +127,7 @@ def run_round(cluster: Cluster, workload: Workload, seed: int) -> Round:
             return trial, await fetch_records(session, cluster.url, ids)
 
     trial, records = asyncio.run(play_and_ask())
-    measurement = measure(trial.observed, records, trial.cpu_seconds, trial.others_share)
+    measurement = measure(trial.observed, records, trial.cpu_seconds, trial.others_share, trial.standstills)
     return Round(measurement, typical_handoff(records))
 
 

@@ -40,6 +40,10 @@ class Observed(msgspec.Struct, frozen=True):
         answered = [line for line in self.timelines if line.arrivals and self.start <= line.arrivals[0] < self.end]
         return sum(line.prompt_tokens for line in answered)
 
+    def by(self, clock: Callable[[float], float]) -> Observed:
+        """The same by another clock, see `Timeline.by`."""
+        return Observed([line.by(clock) for line in self.timelines], clock(self.start), clock(self.end))
+
     @property
     def errors(self) -> list[str]:
         return [line.error for line in self.timelines if line.error is not None]

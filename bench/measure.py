@@ -9,6 +9,7 @@ import msgspec
 
 from bench.load import LONG, SHORT, Observed
 from bench.records import Record
+from bench.standstill import Standstills
 from bench.statistics import Spread, percentile
 
 _MILLI = 1e3
@@ -36,6 +37,11 @@ FIGURES = (
     Figure("inter_token_p50", "inter-token of steady streams, p50", "ms", True),
     Figure("inter_token_p99", "inter-token of steady streams, p99", "ms", True),
     Figure("inter_token_p99_over_p50", "inter-token of steady streams, p99 / p50", "", True),
+    Figure("running_inter_token_p50", "inter-token while the machine ran, p50", "ms", True),
+    Figure("running_inter_token_p99", "inter-token while the machine ran, p99", "ms", True),
+    Figure("running_inter_token_p99_over_p50", "inter-token while the machine ran, p99 / p50", "", True),
+    Figure("standstill_longest", "machine stood still, longest", "ms", True),
+    Figure("standstill_share", "machine stood still, share of the time", "%", True),
     Figure("output_tokens_per_second", "output", "tok/s", False),
     Figure("total_tokens_per_second", "prompts and output", "tok/s", False),
     Figure("prefill_tokens_per_second", "prefill of a long prompt, p50", "tok/s", False),
@@ -72,11 +78,14 @@ def measure(
     records: Sequence[Record],
     cpu_seconds: Mapping[str, float],
     others_share: float | None = None,
+    standstills: Standstills | None = None,
 ) -> Measurement:
     """`records` are of the long requests; `cpu_seconds` are those spent in the window, by process."""
     tokens = sum(line.tokens_between(observed.start, observed.end) for line in observed.timelines)
     per_thousand = {name: seconds / tokens * 1e3 for name, seconds in cpu_seconds.items()} if tokens else {}
     figures = _client_figures(observed, tokens) | _record_figures(records)
+    if standstills is not None:
+        figures |= _running_figures(observed, standstills)
     if per_thousand:
         figures["cpu_per_thousand_tokens"] = sum(per_thousand.values())
     return Measurement(
@@ -111,11 +120,24 @@ def _client_figures(observed: Observed, tokens: int) -> dict[str, float]:
         gap for line in observed.timelines for gap in line.gaps_between(observed.start, observed.end, first=True)
     ]
     figures |= _latency("second_token", seconds)
+    return figures | _gap_figures("inter_token", observed)
+
+
+def _gap_figures(key: str, observed: Observed) -> dict[str, float]:
+    """Of the steady streams."""
     steady = [line for line in observed.timelines if line.stream == SHORT]
     gaps = [gap for line in steady for gap in line.gaps_between(observed.start, observed.end)]
-    if gaps:
-        figures["inter_token_p99_over_p50"] = percentile(gaps, 99) / percentile(gaps, 50)
-    return figures | _latency("inter_token", gaps)
+    ratio = {f"{key}_p99_over_p50": percentile(gaps, 99) / percentile(gaps, 50)} if gaps else {}
+    return _latency(key, gaps) | ratio
+
+
+def _running_figures(observed: Observed, standstills: Standstills) -> dict[str, float]:
+    """By the clock that stands still with the machine; and how much that was."""
+    lost = standstills.within(observed.start, observed.end)
+    return _gap_figures("running_inter_token", observed.by(standstills.running)) | {
+        "standstill_longest": max(lost, default=0.0) * _MILLI,
+        "standstill_share": sum(lost) / observed.seconds * 100,
+    }
 
 
 def _waits(observed: Observed, stream: str) -> list[float]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from bench.client import CompletionClient
 from bench.load import LoadGenerator, Observed
 from bench.processes import ProcessTree, busy_seconds, own_seconds
+from bench.standstill import Standstills, Witness
 from bench.workload import Prompts, Workload
 
 
@@ -19,6 +20,8 @@ class Trial(NamedTuple):
     """Of the cores' time in the window, what went to processes that take no part."""
     memory_bytes: int
     """Of the whole tree at the window's end, under load; what its processes share counts once."""
+    standstills: Standstills | None
+    """Of the machine; None where nobody can tell."""
 
 
 class _Edge(NamedTuple):
@@ -37,11 +40,13 @@ async def play(workload: Workload, client: CompletionClient, prompts: Prompts, t
         others = busy_seconds(cores) - sum(members.values()) - own_seconds()
         edges[edge] = _Edge(members, others, tree.proportional_bytes())
 
-    observed = await LoadGenerator(workload, client, prompts).run(mark)
+    with Witness() as witness:
+        observed = await LoadGenerator(workload, client, prompts).run(mark)
     start, end = edges["start"], edges["end"]
     return Trial(
         observed,
         {name: seconds - start.members.get(name, 0.0) for name, seconds in end.members.items()},
         (end.others - start.others) / (observed.seconds * len(cores)),
         end.memory_bytes,
+        witness.standstills,
     )

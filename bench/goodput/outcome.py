@@ -8,6 +8,7 @@ from itertools import pairwise
 import msgspec
 
 from bench.client import Timeline
+from bench.standstill import Standstills
 from bench.statistics import percentile
 
 
@@ -32,6 +33,9 @@ class Objective(msgspec.Struct, frozen=True):
         in_time = first is not None and first <= self.first_token_seconds
         return complete and in_time and timeline.longest_gap_seconds <= self.gap_seconds
 
+    def good_share(self, timelines: Sequence[Timeline]) -> float:
+        return sum(self.good(line) for line in timelines) / len(timelines) if timelines else 1.0
+
 
 class Outcome(msgspec.Struct, frozen=True):
     """One rate. Percentiles are over all requests (TTFT) and over all gaps of all requests; None without any."""
@@ -53,6 +57,14 @@ class Outcome(msgspec.Struct, frozen=True):
     """Requests that were given up when the trial ended."""
     others_share: float | None = None
     """Of the cores' time, what went to processes that take no part."""
+    running_good_share: float | None = None
+    """By a clock that stands still with the machine; None where nobody can tell when it did."""
+    standstill_longest_seconds: float | None = None
+
+    @property
+    def fair_share(self) -> float:
+        """Of good requests, less what was the machine's fault where that is known."""
+        return self.good_share if self.running_good_share is None else self.running_good_share
 
 
 def judge(
@@ -61,6 +73,7 @@ def judge(
     ended_at: float,
     objective: Objective,
     others_share: float | None = None,
+    standstills: Standstills | None = None,
 ) -> Outcome:
     """`ended_at` is when the last request was answered or given up; where no token had come, the wait until then
     stands for the TTFT, which it is a lower bound of."""
@@ -72,7 +85,10 @@ def judge(
     return Outcome(
         rate=rate,
         requests=len(timelines),
-        good_share=sum(objective.good(line) for line in timelines) / len(timelines) if timelines else 1.0,
+        good_share=objective.good_share(timelines),
+        running_good_share=(
+            None if standstills is None else objective.good_share([line.by(standstills.running) for line in timelines])
+        ),
         ttft_p50_seconds=_percentile(waits, 50),
         ttft_p90_seconds=_percentile(waits, 90),
         gap_p50_seconds=_percentile(gaps, 50),
@@ -82,6 +98,7 @@ def judge(
         errors=[line.error for line in timelines if line.error is not None],
         unanswered=sum(line.ended_at is None for line in timelines),
         others_share=others_share,
+        standstill_longest_seconds=None if standstills is None else standstills.longest,
     )
 
 

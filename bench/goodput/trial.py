@@ -17,6 +17,7 @@ from bench.goodput.arrivals import Arrival, Mix, draw_arrivals
 from bench.goodput.outcome import Objective, Outcome, judge
 from bench.goodput.search import RateSearch
 from bench.processes import Others
+from bench.standstill import Witness
 from bench.workload import Prompts
 
 DRAIN_SECONDS = 15.0
@@ -37,13 +38,18 @@ class Conditions(msgspec.Struct, frozen=True):
 
 
 class Curve(msgspec.Struct, frozen=True):
-    """One contender's outcomes by rising rate, and the highest rate that met the objective (0: none did)."""
+    """One contender's outcomes by rising rate, and the highest rate that met the objective (0: none did): by
+    `Outcome.fair_share`."""
 
     name: str
     topology: str
     settings: list[str]
     outcomes: list[Outcome]
     goodput: float
+
+    def raw_goodput(self, objective: Objective) -> float:
+        """The highest of the rates that were tried which met it by the clients' own clocks."""
+        return max((one.rate for one in self.outcomes if one.good_share >= objective.share), default=0.0)
 
 
 def find_goodput(
@@ -61,8 +67,7 @@ def find_goodput(
         trials.warm_up()
         while (rate := search.next_rate) is not None:
             outcomes[rate] = trials.run(rate, conditions.seconds)
-            passed = outcomes[rate].good_share >= conditions.objective.share
-            search.note(rate, passed=passed)
+            search.note(rate, passed=outcomes[rate].fair_share >= conditions.objective.share)
             tell(_line(contender, outcomes[rate]))
         for rate in further:
             if rate > 0 and rate not in outcomes:
@@ -98,7 +103,7 @@ def rank(curves: Sequence[Curve]) -> int:
 
     def order(index: int) -> tuple[float, float]:
         outcome = curves[index].outcomes[0]
-        return outcome.good_share, -(outcome.ttft_p90_seconds or 0.0)
+        return outcome.fair_share, -(outcome.ttft_p90_seconds or 0.0)
 
     return max(range(len(curves)), key=order)
 
@@ -126,8 +131,10 @@ class Trials:
         self._number += 1
         asked = [prompts.prompt(stream, number, each.prompt_tokens) for number, each in enumerate(arrivals)]
         others = Others(self._cluster.tree, os.sched_getaffinity(0))
-        timelines = asyncio.run(self._play(arrivals, asked))
-        outcome = judge(rate, timelines, time.monotonic(), conditions.objective, others.share())
+        with Witness() as witness:
+            timelines = asyncio.run(self._play(arrivals, asked))
+            ended_at = time.monotonic()
+        outcome = judge(rate, timelines, ended_at, conditions.objective, others.share(), witness.standstills)
         self._cluster.wait_idle()
         return outcome
 
@@ -151,4 +158,4 @@ class Trials:
 
 
 def _line(contender: Contender, outcome: Outcome) -> str:
-    return f"{contender.name} at {outcome.rate:.2f}/s: {outcome.good_share:.0%} of {outcome.requests} requests good"
+    return f"{contender.name} at {outcome.rate:.2f}/s: {outcome.fair_share:.0%} of {outcome.requests} requests good"
