@@ -33,19 +33,26 @@ class Weights(Protocol):
     def shapes(self) -> Mapping[str, Shape]:
         """Of all parameters."""
 
-    def stored_bytes(self) -> Mapping[str, int]:
-        """Of each parameter on disk, with the scales that belong to it; empty if nothing is on disk."""
-
     def read(self, name: str) -> Tensor:
         """One parameter, on CPU, in a float dtype: its own, or float32 if it is quantised. Raises `ModelError` for a
         damaged file."""
+
+
+class Checkpoint(Weights, Protocol):
+    """All of a model's parameters, as its files have them."""
+
+    precision: str
+    """What its matrices are stored as, in words."""
+
+    def stored_bytes(self) -> Mapping[str, int]:
+        """Of each parameter on disk, with the scales that belong to it; empty if nothing is on disk."""
 
 
 class ModelFiles(NamedTuple):
     """A model that was found and opened."""
 
     config: ModelConfig
-    weights: Weights
+    weights: Checkpoint
 
     def checked(self) -> ModelFiles:
         """Itself. Raises `ModelError` that names what is missing, unexpected or of the wrong shape."""

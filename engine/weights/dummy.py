@@ -16,7 +16,9 @@ SCALE = 0.02
 
 
 class DummyWeights:
-    """Implements `Weights`. The same on every machine: each parameter's seed is a digest of its name."""
+    """Implements `Checkpoint`. The same on every machine: each parameter's seed is a digest of its name."""
+
+    precision = "nothing, the weights are random"
 
     def __init__(self, config: ModelConfig) -> None:
         self._shapes = parameter_shapes(config)

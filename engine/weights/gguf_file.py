@@ -6,6 +6,7 @@ here, as in Hugging Face checkpoints, the pairs are (i, i + head_dim / 2), so th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def open_gguf(file: Path) -> ModelFiles:
 
 
 class GGUFWeights:
-    """Implements `Weights`. The file is mapped while this lives."""
+    """Implements `Checkpoint`. The file is mapped while this lives."""
 
     def __init__(self, config: ModelConfig, file: Path, tensors: Mapping[str, gguf.ReaderTensor]) -> None:
         self._tensors = {_huggingface_name(name): tensor for name, tensor in tensors.items()}
@@ -69,6 +70,10 @@ class GGUFWeights:
         if config.family == "llama":
             self._rotated_heads = {"q_proj": config.heads, "k_proj": config.kv_heads}
         self.identity = identity_of(config, [file])
+        sizes = Counter[str]()
+        for tensor in tensors.values():
+            sizes[tensor.tensor_type.name] += int(tensor.n_bytes)
+        self.precision = ", ".join(name for name, _ in sizes.most_common())
 
     def shapes(self) -> Mapping[str, Shape]:
         return {name: _shape(tensor) for name, tensor in self._tensors.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,17 +38,21 @@ def open_folder(folder: Path, weights: WeightsFrom) -> ModelFiles:
     if quantization is None:
         refuse_bare_codes(files, files.shapes())
         return ModelFiles(config, files)
-    return ModelFiles(config, QuantizedWeights(files, quantization.scheme, parameter_shapes(config)))
+    return ModelFiles(config, QuantizedWeights(files, quantization, parameter_shapes(config)))
 
 
 class SafetensorsWeights:
-    """Implements `Weights` and `StoredTensors`. Files are mapped: a tensor is read from disk when it is asked for."""
+    """Implements `Checkpoint` and `StoredTensors`. Files are mapped: a tensor is read when it is asked for."""
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
         files = _files(folder)
         self._handles = {file: _open(file) for file in files}
         self._file_of = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
         self.identity = identity_of(config, files)
+        sizes = Counter[str]()
+        for name, size in self.stored_bytes().items():
+            sizes[self.stored_dtype(name)] += size
+        self.precision = ", ".join(name for name, _ in sizes.most_common())
 
     def shapes(self) -> Mapping[str, Shape]:
         return {name: tuple(self._handles[file].get_slice(name).get_shape()) for name, file in self._file_of.items()}

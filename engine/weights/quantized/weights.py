@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cluster.errors import ModelError
 from engine.weights.base import Shape
+from engine.weights.quantized.config import Quantization
 from engine.weights.quantized.matrix import QuantizedMatrix
-from engine.weights.quantized.schemes import Scheme
 
 CODE_TYPES = frozenset({"F8_E4M3", "I8", "I32"})
 """Of tensors that hold codes, as safetensors names them."""
@@ -37,15 +37,16 @@ class StoredTensors(Protocol):
 
 
 class QuantizedWeights:
-    """Implements `Weights`: a matrix is dequantised when it is read. `quantized` gives it as it is.
+    """Implements `Checkpoint`: a matrix is dequantised when it is read. `quantized` gives it as it is.
 
     Which matrices are quantised the files tell, and not the config's lists of those that are not.
     """
 
-    def __init__(self, files: StoredTensors, scheme: Scheme, expected: Collection[str]) -> None:
+    def __init__(self, files: StoredTensors, quantization: Quantization, expected: Collection[str]) -> None:
         """`expected`: the parameters that the model has. Raises `ModelError` for codes without scales."""
         self._files = files
-        self._scheme = scheme
+        self._scheme = scheme = quantization.scheme
+        self.precision = quantization.name
         self.identity = files.identity
         stored = files.shapes()
         self._modules = {
