@@ -137,8 +137,9 @@ class KV(Section, frozen=True):
     """Pages of earlier requests serve prompts that begin alike: they are neither computed nor sent again."""
     write_timeout_seconds: Seconds = 15.0
     """A decode worker to which no write has ended for so long, while some are under way, is given up: the transfer
-    engine is ended and started anew, and where it can't be (Mooncake), the engine process. Engines tell of most faults
-    by themselves, NIXL over TCP after 5 s, Mooncake after 10."""
+    engine is ended and started anew, and where it can't be (Mooncake), the engine process. It is killed, too, if a call
+    into the transfer engine has not come back for so long. Engines tell of most faults by themselves, NIXL over TCP
+    after 5 s, Mooncake after 10."""
     max_quarantine_share: Share = 0.5
     """Of a pool's pages, how many may wait for writers that are silent. A decode worker with more of them takes no new
     work, ends what it has and starts its engine process anew, with all its pages..."""

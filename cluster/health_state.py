@@ -130,14 +130,22 @@ class WorkerHealth(StateMachine[Action]):
     }
 
     def __init__(
-        self, worker: str, heartbeat_seconds: float, stall_limit_seconds: float, budget: RestartBudget
+        self,
+        worker: str,
+        heartbeat_seconds: float,
+        stall_limit_seconds: float,
+        transfer_limit_seconds: float,
+        budget: RestartBudget,
     ) -> None:
+        """`transfer_limit_seconds`: how long the transfer thread may stand still while the rest goes on. Then a call into
+        the transfer engine does not come back, and that thread's own deadline for writes can't help."""
         super().__init__(worker, HealthState.STARTING)
         self.stalled = ""
         """What makes no progress, in words; empty while all does."""
         self._look_seconds = heartbeat_seconds / LOOKS_PER_HEARTBEAT
         self._patience = max(PATIENCE_HEARTBEATS * heartbeat_seconds, SHORTEST_PATIENCE)
         self._limit = max(stall_limit_seconds, self._patience)
+        self._transfer_limit = max(min(transfer_limit_seconds, stall_limit_seconds), self._patience)
         self._budget = budget
         self._death = ""
         self._looked = float("-inf")
@@ -185,7 +193,8 @@ class WorkerHealth(StateMachine[Action]):
         if self.state is HealthState.READY:
             self.to(HealthState.STALLED)
             actions.append(Tell())
-        if still[part] >= self._limit and not self._over_limit:
+        alone = part is Part.TRANSFERS and still[Part.ENGINE] < self._patience
+        if still[part] >= (self._transfer_limit if alone else self._limit) and not self._over_limit:
             self._over_limit = True
             actions.append(KillEngine(self.stalled))
         return actions

@@ -104,7 +104,11 @@ class WorkerShell:
         self._clock = MonotonicClock()
         self._budget = RestartBudget(topology.restarts)
         self._health = WorkerHealth(
-            name, topology.bootstrap.heartbeat_seconds, topology.worker.stall_limit_seconds, self._budget
+            name,
+            topology.bootstrap.heartbeat_seconds,
+            topology.worker.stall_limit_seconds,
+            topology.kv.write_timeout_seconds,
+            self._budget,
         )
         self._routers = RouterLinks(name, role, self.post, self.load, self.metrics, self._clock)
         self._engine: EngineHost | None = None

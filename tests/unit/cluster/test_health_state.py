@@ -29,13 +29,14 @@ from cluster.restarts import RestartBudget
 HEARTBEAT = 1.0
 LOOK = HEARTBEAT / 4
 LIMIT = 60.0
+TRANSFER_LIMIT = 15.0
 
 
 class Watched:
     """A worker's health, and the figures on its board."""
 
     def __init__(self) -> None:
-        self.health = WorkerHealth("w", HEARTBEAT, LIMIT, RestartBudget(Restarts(most=2)))
+        self.health = WorkerHealth("w", HEARTBEAT, LIMIT, TRANSFER_LIMIT, RestartBudget(Restarts(most=2)))
         self.now = 100.0
         self.engine = 0
         self.transfers = 0
@@ -115,6 +116,22 @@ def test_a_stall_without_end_is_no_life_and_the_engine_is_killed_once(watched):
     assert watched.health.reason.startswith("restarting: killed, as the engine process has made no progress for 6")
 
 
+def test_a_transfer_engine_that_holds_its_thread_alone_costs_the_process_after_the_writes_deadline(watched):
+    watched.looks(TRANSFER_LIMIT - 1.0, transfers=False)
+    assert watched.health.live
+    watched.looks(2.0, transfers=False)
+    assert not watched.health.live
+    (kill,) = [action for action in watched.actions if isinstance(action, KillEngine)]
+    assert kill.reason.startswith("the transfer thread has made no progress for 15")
+
+
+def test_a_process_that_stands_still_as_a_whole_gets_the_time_of_a_stall(watched):
+    watched.looks(LIMIT - 1.0, engine=False, transfers=False)
+    assert watched.health.live
+    watched.looks(2.0, engine=False, transfers=False)
+    assert not watched.health.live
+
+
 def test_nobody_is_judged_for_the_time_in_which_we_did_not_run_ourselves(watched):
     watched.look(engine=False, transfers=False, after=30.0)
     watched.looks(2.0, engine=False, transfers=False)
@@ -148,7 +165,7 @@ def test_too_many_deaths_end_the_worker(watched):
 
 
 def test_what_could_not_start_is_not_tried_again():
-    health = WorkerHealth("w", HEARTBEAT, LIMIT, RestartBudget(Restarts()))
+    health = WorkerHealth("w", HEARTBEAT, LIMIT, TRANSFER_LIMIT, RestartBudget(Restarts()))
     assert health.reason == "starting"
     assert health.handle(EngineDied("no such model"), 1.0) == [GiveUp("it could not start")]
 
@@ -163,7 +180,7 @@ def test_a_draining_worker_is_not_ready_and_its_engine_is_not_started_anew(watch
 
 
 def test_patience_covers_the_naps_of_idle_threads_however_fast_the_heartbeats_are():
-    health = WorkerHealth("w", 0.05, LIMIT, RestartBudget(Restarts()))
+    health = WorkerHealth("w", 0.05, LIMIT, TRANSFER_LIMIT, RestartBudget(Restarts()))
     health.handle(EngineUp(), 0.0)
     for look in range(1, 100):
         now = look * 0.0125
