@@ -137,8 +137,8 @@ class WorkerHealth(StateMachine[Action]):
         transfer_limit_seconds: float,
         budget: RestartBudget,
     ) -> None:
-        """`transfer_limit_seconds`: how long the transfer thread may stand still while the rest goes on. Then a call into
-        the transfer engine does not come back, and that thread's own deadline for writes can't help."""
+        """`transfer_limit_seconds`: how long the transfer thread may stand still while the rest goes on. Then a call
+        into the transfer engine does not come back, and that thread's own deadline for writes can't help."""
         super().__init__(worker, HealthState.STARTING)
         self.stalled = ""
         """What makes no progress, in words; empty while all does."""
