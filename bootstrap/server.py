@@ -45,7 +45,8 @@ class BootstrapServer:
         app.router.add_get("/members", self._members)
         app.router.add_get("/watch", self._watch)
         app.router.add_get("/workers", self._workers)
-        app.router.add_get("/health", self._health)
+        for probe in ("/health", "/ready", "/live"):
+            app.router.add_get(probe, self._health)
         app.router.add_get("/metrics", self._render_metrics)
         app.cleanup_ctx.append(self._ticking)
         return app

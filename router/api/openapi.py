@@ -83,6 +83,8 @@ def document(served_model: str, limits: FleetLimits) -> Schema:
             "/v1/models/{model}": {"get": _reading("model", ModelObject, "model")},
             "/v1/requests/{id}": {"get": _reading("record", RequestRecord, "id")},
             "/health": {"get": _reading("health", Health, errors=(503,))},
+            "/ready": {"get": _reading("ready", Health, errors=(503,))},
+            "/live": {"get": _reading("live", Health)},
             "/status": {"get": _reading("status", FleetStatus)},
             "/metrics": {"get": _metrics()},
             "/openapi.json": {"get": _operation("openapi", {"200": _response("This document", {"type": "object"})})},

@@ -44,12 +44,27 @@ class OperationsApi:
         self._admission = admission
         self._records = records
         self._metrics = metrics
+        self._has_been_ready = False
 
     async def health(self, request: web.Request) -> web.Response:
         """200 when a request could be served now. Raises `NoWorker` or `Draining`."""
         if self._generation.draining:
             raise Draining("this router is stopping")
         self._fleet.require()
+        return _json(Health("ok"))
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """200 when requests should come here: from when one could be served until this router drains. Not only while
+        one could: requests wait here for workers on their way back, and elsewhere they would find no others. Raises
+        `NoWorker` or `Draining`."""
+        if self._has_been_ready and not self._generation.draining:
+            return _json(Health("ok"))
+        answer = await self.health(request)
+        self._has_been_ready = True
+        return answer
+
+    async def live(self, request: web.Request) -> web.Response:
+        """200 while this process answers at all."""
         return _json(Health("ok"))
 
     async def models(self, request: web.Request) -> web.Response:
@@ -94,6 +109,8 @@ class OperationsApi:
         """All are GET."""
         return [
             ("/health", self.health),
+            ("/ready", self.ready),
+            ("/live", self.live),
             ("/v1/models", self.models),
             ("/v1/models/{model:.+}", self.model),
             ("/v1/requests/{id}", self.record),

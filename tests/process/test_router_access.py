@@ -59,7 +59,7 @@ async def test_only_a_known_key_is_served_and_the_error_is_openais(text, keys):
 async def test_probes_are_open_unless_they_are_not_to_be_and_all_else_is_closed(text, keys):
     for open_probes in (True, False):
         async with House(text, pair(), api_keys_file=str(keys), open_probes=open_probes) as house:
-            for path in ("/health", "/metrics"):
+            for path in ("/health", "/ready", "/live", "/metrics"):
                 async with house.session.get(house.url + path) as response:
                     assert response.status == (200 if open_probes else 401)
             for path in ("/v1/models", "/status", "/openapi.json", "/v1/requests/x", "/nowhere"):

@@ -65,6 +65,18 @@ async def test_health_comes_with_the_second_leg(text):
         assert (await house.get("/health"))[0] == 200
 
 
+async def test_requests_go_on_coming_to_a_router_whose_workers_are_away(text):
+    async with House(text, [prefill()]) as house:
+        assert [(await house.get(path))[0] for path in ("/health", "/ready", "/live")] == [503, 503, 200]
+        second = decode()
+        await house.add(second)
+        await house.until(lambda: "decode-0" in house.live())
+        assert (await house.get("/ready"))[0] == 200
+        await second.leave()
+        await house.until(lambda: "decode-0" not in house.live())
+        assert [(await house.get(path))[0] for path in ("/health", "/ready", "/live")] == [503, 200, 200]
+
+
 async def test_a_silent_or_unready_or_leaving_worker_gets_no_new_work(text):
     workers = [prefill(), decode(0), decode(1), decode(2), decode(3)]
     async with House(text, workers, lease_seconds=0.5) as house:
