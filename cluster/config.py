@@ -380,6 +380,19 @@ class Ray(Section, frozen=True):
     decode: RayPool = RayPool()
 
 
+class Kubernetes(Section, frozen=True):
+    """With `launch: kubernetes`, and for `baton kubernetes`.
+
+    kubernetes: {namespace: inference, values_file: my-values.yaml}
+    """
+
+    namespace: Text = "default"
+    release: Text = "baton"
+    """What the names of the objects begin with."""
+    values_file: Text | None = None
+    """What only Kubernetes asks: images, resources, nodes, volumes. Values of the chart in deploy/kubernetes/chart."""
+
+
 class Logging(Section, frozen=True):
     level: LogLevel = LogLevel.INFO
     json: bool = True
@@ -404,6 +417,7 @@ class Topology(Section, frozen=True):
     launch: LauncherName = LauncherName.LOCAL
     """Where it runs."""
     ray: Ray = Ray()
+    kubernetes: Kubernetes = Kubernetes()
 
     @property
     def unified(self) -> bool:

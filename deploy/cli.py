@@ -22,6 +22,7 @@ from deploy.cluster_client import RouterClient, ask_bootstrap, ask_router, base_
 from deploy.demo import run_demo
 from deploy.explain import waterfall
 from deploy.foreground import run_cluster
+from deploy.kubernetes.cli import app as kubernetes
 from deploy.preflight import prepare
 from deploy.rolling import Rolling
 from deploy.session import Session
@@ -46,6 +47,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(kubernetes, name="kubernetes")
 
 
 def main() -> None:

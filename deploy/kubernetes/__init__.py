@@ -1,0 +1,1 @@
+"""Baton on Kubernetes: the Helm chart in chart/, and a renderer of it for those without Helm."""
