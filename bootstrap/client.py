@@ -107,13 +107,11 @@ class RosterWatcher:
         bootstrap_url: str,
         watcher: str,
         on_change: Callable[[list[Member], list[Member]], None],
-        on_heartbeat: Callable[[Heartbeat], None] | None = None,
     ) -> None:
         self._session = session
         self._url = f"{bootstrap_url}/watch"
         self._watcher = watcher
         self._on_change = on_change
-        self._on_heartbeat = on_heartbeat
         self.members: dict[str, Member] = {}
         self.synced = asyncio.Event()
         """Set once the first roster has arrived."""
@@ -157,8 +155,6 @@ class RosterWatcher:
             if gone is not None and gone.epoch == message.epoch:
                 del self.members[message.worker]
                 self._on_change([], [gone])
-        elif isinstance(message, Heartbeat) and self._on_heartbeat is not None:
-            self._on_heartbeat(message)
 
     def _replace(self, statuses: list[MemberStatus]) -> None:
         """A roster from a bootstrap that has just restarted is still empty: who is missing in it is kept, and goes by
@@ -168,6 +164,3 @@ class RosterWatcher:
         self.members |= {member.worker: member for member in joined}
         if joined or replaced:
             self._on_change(joined, replaced)
-        if self._on_heartbeat is not None:
-            for status in statuses:
-                self._on_heartbeat(Heartbeat(status.member.worker, status.member.epoch, status.load))

@@ -19,7 +19,7 @@ from typing import ClassVar
 import msgspec
 
 from cluster.errors import StaleFence
-from cluster.messages import Heartbeat, Joined, Leave, Left, Load, Member, MemberStatus, Message, Register, Roster
+from cluster.messages import Heartbeat, Joined, Leave, Left, Load, Member, MemberStatus, Register, Roster
 from cluster.state_machine import StateMachine
 
 
@@ -37,7 +37,7 @@ class Tick(msgspec.Struct, frozen=True):
 class Announce(msgspec.Struct, frozen=True):
     """Tell every watcher."""
 
-    message: Message
+    message: Joined | Left
 
 
 class MemberMachine(StateMachine[Announce]):
@@ -86,16 +86,17 @@ class MemberMachine(StateMachine[Announce]):
         return [Announce(Joined(new))]
 
     def _heartbeat(self, event: Heartbeat, now: float) -> list[Announce]:
+        """The watchers don't hear of it: there is one of every worker in each interval, and routers get their own."""
         self._require_epoch(event.epoch)
         self._seen, self._load = now, event.load
-        return [Announce(event)]
+        return []
 
     def _come_back(self, event: Heartbeat, now: float) -> list[Announce]:
         assert self._member is not None
         self._require_epoch(event.epoch)
         self._seen, self._load = now, event.load
         self.to(MemberState.LIVE)
-        return [Announce(Joined(self._member)), Announce(event)]
+        return [Announce(Joined(self._member))]
 
     def _leave(self, event: Leave, now: float) -> list[Announce]:
         self._require_epoch(event.epoch)

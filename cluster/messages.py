@@ -10,7 +10,7 @@ computes with it: a layout without layers, a temperature that is no number.
     prefill <-> decode      PeerHello both ways (or Refused), then Offer, Grant, Done, Ack, Abort, Aborted;
                             DeathAsked -> DeathWitnessed
     worker  <-> bootstrap   Register/Registered (or Refused), Heartbeat, Leave
-    anyone  <-> bootstrap   Watch -> Roster, then Joined, Left, Heartbeat
+    anyone  <-> bootstrap   Watch -> Roster, then Joined, Left
 """
 
 from __future__ import annotations

@@ -71,6 +71,12 @@ def test_the_roster_carries_the_last_load_and_its_age(roster):
     assert (status.load.running, status.age_seconds) == (3, 0.5)
 
 
+def test_a_heartbeat_is_no_news_to_anybody_else(roster):
+    """Or each of n workers would hear n heartbeats in each interval."""
+    roster.register(Register(member()), 0.0)
+    assert roster.handle(Heartbeat("decode-0", 7, Load(running=3)), 2.0) == []
+
+
 def test_leaving_is_announced_and_coming_back_is_joining(roster):
     roster.register(Register(member()), 0.0)
     assert isinstance(roster.handle(Leave("decode-0", 7, "stopped"), 1.0)[0].message, Left)
@@ -86,7 +92,7 @@ def test_who_was_only_silent_comes_back_with_its_next_heartbeat(roster):
     roster.register(Register(member()), 0.0)
     roster.tick(5.0)
     beat = Heartbeat("decode-0", 7, Load(running=1))
-    assert [announce.message for announce in roster.handle(beat, 9.0)] == [Joined(member()), beat]
+    assert [announce.message for announce in roster.handle(beat, 9.0)] == [Joined(member())]
     assert [status.load.running for status in roster.roster(9.0).members] == [1]
 
 
