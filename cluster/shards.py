@@ -7,11 +7,14 @@ share its query heads.
 
 from __future__ import annotations
 
+from math import gcd
+
 
 def even_range(total: int, shards: int, rank: int, unit: int = 1) -> range:
-    """Rank `rank`'s part of `total` things, in whole `unit`s where `total` is a multiple of it; the first ranks have
-    one more where they don't come out even."""
-    if total % unit:
+    """Rank `rank`'s part of `total` things, in blocks of `unit`, or of as much of it as divides `total`, if there are
+    enough of these; the first ranks have a block more where they don't come out even."""
+    unit = gcd(total, unit)
+    if total // unit < shards:
         unit = 1
     each, left = divmod(total // unit, shards)
     begin = rank * each + min(rank, left)

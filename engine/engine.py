@@ -10,32 +10,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 import torch
 
-from cluster.config import (
-    Decode,
-    DecodeScheduling,
-    Dtype,
-    Kernels,
-    Prefill,
-    PrefillScheduling,
-    SchedulingPolicy,
-    Topology,
-    WeightsFrom,
-)
-from cluster.errors import ConfigError, InvalidRequest, PromptTooLong
-from cluster.layout import KVLayout
-from cluster.messages import Fence, FinishReason, Logprobs, ModelCard, Sampling, Speed
-from cluster.model_files import resolve_model
+from cluster.config import Kernels
+from cluster.errors import InvalidRequest, PromptTooLong
+from cluster.messages import Fence, FinishReason, Logprobs, Sampling, Speed
+from cluster.ranks import ALONE, Rank
 from engine.batch import build_step
 from engine.commitment import Commitments
-from engine.decoders import make_decoder
-from engine.device import open_device, resolve_dtype
-from engine.kv_cache import KVCache
+from engine.engine_config import EngineConfig
+from engine.followers import LeadingDecoder
+from engine.loaded_model import TRIAL_PAGES, load_model
 from engine.pacing import Pacing
 from engine.pages import Owner, OwnerKind, PageLedger
 from engine.policies import make_policy
@@ -44,64 +31,12 @@ from engine.sampler import choose
 from engine.scheduler import Chunk, Lease, Scheduler, StepPlan
 from engine.sequence import Sequence
 from engine.shapes import ROWS, series
-from engine.weights import open_model
 
-__all__ = ["Engine", "EngineConfig", "Progress", "Sampled", "StepPlan", "StepResult"]
+__all__ = ["TRIAL_PAGES", "Engine", "EngineConfig", "Progress", "Sampled", "StepPlan", "StepResult"]
 
-TRIAL_PAGES = 1
-"""Pages of the pool's memory that no ledger gives out: transfer connections are tried on the last page."""
 TIMED_STEPS = 3
 WARM_UP = Fence("warm-up", 0, 0, 0)
 """Key of the sequences that no request asked for."""
-
-
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """All that an engine needs to know. `model_path` is a folder or a .gguf file that exists."""
-
-    model_path: Path
-    model_name: str
-    dtype: Dtype
-    weights: WeightsFrom = WeightsFrom.FILES
-    page_size: int
-    pool_pages: int
-    max_running: int
-    """Sequences in the step loop at a time."""
-    chunk_tokens: int
-    """Prompt tokens of one step, over all sequences."""
-    context_length: int | None = None
-    """Shortens the model's own."""
-    prefix_cache: bool = True
-    threads: int = 1
-    """Of torch's operators and the native kernels, on CPU."""
-    kernels: Kernels = Kernels.AUTO
-    device: str = "cpu"
-    # What these mean stands in `cluster.config`: they are the scheduling sections of both pools.
-    policy: SchedulingPolicy = SchedulingPolicy.FIRST_COME
-    ageing_seconds: float = 10.0
-    commit_quantile: float = 1.0
-    conservativeness: float = 0.0
-    prefill_delay_seconds: float = 0.0
-    retract_every_steps: int = 0
-    fill_steps: bool = True
-
-    @classmethod
-    def from_topology(cls, topology: Topology, pool: Prefill | Decode, *, threads: int) -> EngineConfig:
-        """Of a worker of this cluster's `pool`. Raises `ModelError` if the model is not there."""
-        return cls(
-            model_path=resolve_model(topology.model.path),
-            model_name=topology.served_model,
-            dtype=topology.model.dtype,
-            weights=topology.model.weights,
-            page_size=topology.kv.page_size,
-            pool_pages=topology.pool_pages,
-            max_running=pool.max_running,
-            chunk_tokens=pool.chunk_tokens,
-            context_length=topology.model.context_length,
-            prefix_cache=topology.kv.prefix_cache,
-            threads=threads,
-            kernels=topology.model.kernels,
-            **_scheduling(pool.scheduling, unified=topology.unified),
-        )
 
 
 class Progress(NamedTuple):
@@ -133,31 +68,23 @@ class StepResult(NamedTuple):
 
 
 class Engine:
-    """See the module's docstring. Raises `ModelError` or `ConfigError` when it can't be made."""
+    """See the module's docstring. Raises `ModelError` or `ConfigError` when it can't be made.
 
-    def __init__(self, config: EngineConfig, on_layer: Callable[[], None] = lambda: None) -> None:
+    With a model on several ranks, this is rank 0's; the others have an `engine.followers.Follower` each.
+    """
+
+    def __init__(self, config: EngineConfig, on_layer: Callable[[], None] = lambda: None, rank: Rank = ALONE) -> None:
         """`on_layer` is called after each layer of a step: a worker tells by it that it gets on."""
-        files = open_model(config.model_path, config.weights)
-        architecture = files.config
-        device = open_device(config.device, config.threads)
-        self.model = ModelCard(
-            config.model_name, _context_length(config, architecture.context_length), architecture.vocab_size
-        )
-        self.layout = KVLayout(
-            model=files.weights.identity,
-            dtype=resolve_dtype(config.dtype, device).value,
-            page_size=config.page_size,
-            layers=architecture.layers,
-            kv_heads=architecture.kv_heads,
-            head_dim=architecture.head_dim,
-        )
+        model = load_model(config, rank)
+        self.model = model.card
+        self.layout = model.layout
         self.ledger = PageLedger(config.pool_pages)
         self.steps = 0
         """Steps since the start: grows while the engine makes progress."""
         self._config = config
         self._on_layer = on_layer
-        self._cache = KVCache(self.layout, config.pool_pages + TRIAL_PAGES, device)
-        self._decoder = make_decoder(config.kernels, architecture, files.weights, self._cache, config.threads)
+        self._cache = model.cache
+        self._decoder = LeadingDecoder(model.decoder, rank.steps) if rank.steps else model.decoder
         self.prefixes = PrefixCache(self.ledger, config.page_size, enabled=config.prefix_cache)
         self._pacing = Pacing(
             config.chunk_tokens, config.conservativeness, config.prefill_delay_seconds, fill=config.fill_steps
@@ -339,18 +266,3 @@ class Engine:
         for first, chunk in enumerate(chunks):
             chunk.sequence.pages = pages[first:]
         choose(self._decoder.forward(build_step(chunks)), [chunk.sequence for chunk in chunks])
-
-
-def _scheduling(section: PrefillScheduling | DecodeScheduling, *, unified: bool) -> dict[str, Any]:
-    """Its keys, with what depends on the topology filled in."""
-    keys = msgspec.structs.asdict(section)
-    if keys.get("conservativeness", 0.0) is None:
-        keys["conservativeness"] = 0.0 if unified else 1.0
-    return keys
-
-
-def _context_length(config: EngineConfig, models_own: int) -> int:
-    wanted = config.context_length
-    if wanted is not None and wanted > models_own:
-        raise ConfigError(f"model.context_length: {wanted} is more than the model's {models_own}")
-    return wanted or models_own

@@ -1,7 +1,8 @@
 """The decoder in torch: any device, any dtype, all families of `engine.model_config`.
 
 It computes a step's tokens of all sequences at once, as rows, padded to one of few sizes (`engine.shapes`); which row
-belongs to whom only attention knows.
+belongs to whom only attention knows. As one rank of several it has a part of the weights, and adds up with the others
+twice in each layer (`engine.shard`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from engine.linear import Linear, make_linear
 from engine.model_config import ModelConfig
 from engine.rope import RotaryEmbedding, rotate
 from engine.shapes import ROWS, rounded, series
+from engine.shard import Shard
 from engine.weights.base import Weights
 from engine.weights.layers import read_layer
 
@@ -44,13 +46,15 @@ class TorchDecoder:
 
     kernels = Kernels.TORCH
 
-    def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache, shard: Shard | None = None) -> None:
+        """With a `shard`, all three are of this rank's part."""
         dtype, self._device = cache.pool.dtype, cache.pool.device
 
         def read(name: str) -> Tensor:
             return weights.read(name).to(device=self._device, dtype=dtype)
 
         self._config = config
+        self._shard = shard
         self._embedding = read("model.embed_tokens.weight")
         self._layers = []
         for layer in range(config.layers):
@@ -65,20 +69,21 @@ class TorchDecoder:
     def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
         rows = rounded(len(step.tokens), ROWS)
         attention = self._attention.plan(step.spans, rows)
-        hidden = functional.embedding(self._padded(step.tokens, rows), self._embedding)
+        hidden = self._embed(self._padded(step.tokens, rows))
         rope = self._rope.tables(self._padded(step.positions, rows), hidden.dtype)
         for index, layer in enumerate(self._layers):
             query, key, value = self._query_key_value(layer, self._normed(hidden, layer.attention_norm), rope)
             attended = attention.attend(index, query, key, value)
-            hidden = layer.output.add_to(hidden, attended.view(rows, -1))
+            hidden = self._add(hidden, layer.output, attended.view(rows, -1))
             gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, -1)
-            hidden = layer.down.add_to(hidden, functional.silu(gate).mul_(up))
+            hidden = self._add(hidden, layer.down, functional.silu(gate).mul_(up))
             between_layers()
         if len(step.sampled) == 0:
             return hidden.new_empty((0, self._config.vocab_size), dtype=torch.float32)
         sampled = self._padded(step.sampled, rounded(len(step.sampled), ROWS))
         logits = self._head(self._normed(hidden.index_select(0, sampled), self._norm))
-        return logits[: len(step.sampled)].float()
+        own = logits[: len(step.sampled)].float()
+        return own if self._shard is None else self._shard.gather(own)
 
     def warm_up(self, page: int, rows: int, running: int, context: int) -> None:
         for size in series(rows, ROWS):
@@ -95,6 +100,17 @@ class TorchDecoder:
         layer.output.add_to(hidden, hidden.new_zeros(rows, config.heads * config.head_dim))
         layer.gate_up(hidden)
         layer.down.add_to(hidden, hidden.new_zeros(rows, config.intermediate_size))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        if self._shard is None:
+            return functional.embedding(tokens, self._embedding)
+        return self._shard.embed(self._embedding, tokens)
+
+    def _add(self, hidden: Tensor, linear: Linear, inputs: Tensor) -> Tensor:
+        """`hidden` and what the product makes of the inputs, all ranks' together."""
+        if self._shard is None:
+            return linear.add_to(hidden, inputs)
+        return self._shard.add_up(linear(inputs)).add_(hidden)
 
     def _padded(self, values: Integers, size: int) -> Tensor:
         """The values, then zeros: int64 [size]."""

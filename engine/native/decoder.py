@@ -1,4 +1,8 @@
-"""The decoder in C++ kernels: one call per layer, buffers that are kept, no padding."""
+"""The decoder in C++ kernels: one call per layer, buffers that are kept, no padding.
+
+As one rank of several it has a part of the weights; a layer is two calls, after each of which the ranks add up what
+they have (`engine.shard`).
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from engine.native.library import HeadPointers, LayerPointers, NativeUnavailable
 from engine.native.packing import WORD_BYTES, packed, packed_bytes, packed_pairs, paired_bias
 from engine.profiling import traced
 from engine.rope import RotaryEmbedding
+from engine.shard import Shard
 from engine.weights.base import Weights
 from engine.weights.layers import LayerWeights, read_layer
 
@@ -34,14 +39,19 @@ class NativeDecoder:
 
     kernels = Kernels.NATIVE
 
-    def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache, threads: int) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, cache: KVCache, threads: int, shard: Shard | None = None
+    ) -> None:
+        """With a `shard`, config, weights and cache are of this rank's part."""
         _require_supported(config, cache)
         library = load()
         dtype = cache.pool.dtype
         name = str(dtype).removeprefix("torch.")
-        self._compute_layer = library[f"baton_layer_{name}"]
+        parts = ("layer",) if shard is None else ("mix", "transform")
+        self._compute_parts = [library[f"baton_{part}_{name}"] for part in parts]
         self._compute_logits = library[f"baton_logits_{name}"]
         self._config = config
+        self._shard = shard
         self._cache = cache
         self._kept: list[Tensor] = []
         """What the pointers point to."""
@@ -49,8 +59,8 @@ class NativeDecoder:
         def read(name: str) -> Tensor:
             return weights.read(name).to(dtype)
 
-        self._weights = Arena(_weight_bytes(config, dtype.itemsize))
         self._embedding = read("model.embed_tokens.weight")
+        self._weights = Arena(_weight_bytes(config, len(self._embedding), dtype.itemsize))
         pointers = [self._pointers(read_layer(config, read, layer), layer) for layer in range(config.layers)]
         self._layers = [ctypes.byref(layer) for layer in pointers]
         self._rope = RotaryEmbedding(config.rope, config.head_dim, cache.pool.device)
@@ -66,7 +76,7 @@ class NativeDecoder:
         )
         self._head = HeadPointers(
             inputs=config.hidden_size,
-            outputs=config.vocab_size,
+            outputs=len(self._embedding),
             epsilon=config.norm_epsilon,
             norm=self._keep(read("model.norm.weight")),
             packed=self._weights.place(packed(self._embedding if config.tied_embeddings else read("lm_head.weight"))),
@@ -78,19 +88,22 @@ class NativeDecoder:
         self._depth = 0
         """Steps that are being computed."""
         self._sampled = self._embedding.new_empty(0, config.hidden_size)
-        self._logits = torch.empty(0, config.vocab_size)
+        self._logits = torch.empty(0, len(self._embedding))
 
     def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
         space = self._space(self._depth)
-        hidden = space.rows(len(step.tokens))
-        torch.index_select(self._embedding, 0, torch.from_numpy(step.tokens), out=hidden)
+        hidden, share = space.rows(len(step.tokens))
+        self._embed(torch.from_numpy(step.tokens), hidden)
         placed = self._place(step, space.pointers)
         shape, arguments = ctypes.byref(self._shape), ctypes.byref(space.pointers)
         self._depth += 1
         try:
             for layer in self._layers:
-                with traced("native layer"):
-                    self._compute_layer(self._team, shape, layer, arguments)
+                for compute in self._compute_parts:
+                    with traced("native layer"):
+                        compute(self._team, shape, layer, arguments)
+                    if self._shard is not None:
+                        hidden.add_(self._shard.add_up(share))
                 between_layers()
         finally:
             self._depth -= 1
@@ -105,8 +118,14 @@ class NativeDecoder:
 
     def _space(self, depth: int) -> _WorkSpace:
         if depth == len(self._spaces):
-            self._spaces.append(_WorkSpace(self._config, self._cache))
+            self._spaces.append(_WorkSpace(self._config, self._cache, shares=self._shard is not None))
         return self._spaces[depth]
+
+    def _embed(self, tokens: Tensor, hidden: Tensor) -> None:
+        if self._shard is None:
+            torch.index_select(self._embedding, 0, tokens, out=hidden)
+        else:
+            hidden.copy_(self._shard.embed(self._embedding, tokens))
 
     def _place(self, step: Step, pointers: StepPointers) -> tuple[object, ...]:
         """Says where each row's KV goes and what it attends to. Valid as long as the result is held."""
@@ -131,17 +150,17 @@ class NativeDecoder:
     def _logits_of(self, hidden: Tensor, step: Step) -> Tensor:
         sampled, logits = self._sampling_space(len(step.sampled))
         if len(step.sampled) == 0:
-            return logits
+            return logits.new_empty(0, self._config.vocab_size)
         torch.index_select(hidden, 0, torch.from_numpy(step.sampled), out=sampled)
         self._head.rows = len(step.sampled)
         self._head.hidden, self._head.logits = sampled.data_ptr(), logits.data_ptr()
         self._compute_logits(self._team, ctypes.byref(self._head))
-        return logits
+        return logits if self._shard is None else self._shard.gather(logits)
 
     def _sampling_space(self, rows: int) -> tuple[Tensor, Tensor]:
         if rows > len(self._logits):
             self._sampled = self._embedding.new_empty(rows, self._config.hidden_size)
-            self._logits = torch.empty(rows, self._config.vocab_size)
+            self._logits = torch.empty(rows, len(self._embedding))
         return self._sampled[:rows], self._logits[:rows]
 
     def _keep(self, tensor: Tensor | None) -> int | None:
@@ -175,15 +194,17 @@ class NativeDecoder:
 class _WorkSpace:
     """The buffers of one step, which grow with its rows, and the pointers to them."""
 
-    def __init__(self, config: ModelConfig, cache: KVCache) -> None:
+    def __init__(self, config: ModelConfig, cache: KVCache, *, shares: bool) -> None:
+        """`shares`: with one for this rank's share of what is added to the residual stream."""
         self.pointers = StepPointers(page_stride=cache.pool.stride(0), head_stride=cache.pool.stride(1))
         self._config = config
         self._dtype = cache.pool.dtype
-        self._hidden = torch.empty(0, config.hidden_size, dtype=self._dtype)
+        self._hidden = self._share = torch.empty(0, config.hidden_size, dtype=self._dtype)
+        self._shares = shares
         self._buffers: dict[str, Tensor] = {}
 
-    def rows(self, count: int) -> Tensor:
-        """The first `count` rows of the residual stream; the other buffers are at least as long."""
+    def rows(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` rows of the residual stream, and of the shares; the other buffers are at least as long."""
         if count > len(self._hidden):
             config, attended = self._config, self._config.heads * self._config.head_dim
             widths = {
@@ -193,15 +214,18 @@ class _WorkSpace:
                 "attended": attended,
                 "activated": config.intermediate_size,
             }
+            if self._shares:
+                widths["share"] = config.hidden_size
             self._buffers = {name: torch.empty(count, width, dtype=self._dtype) for name, width in widths.items()}
             self._hidden = self._buffers["hidden"]
+            self._share = self._buffers.get("share", self._share)
             for name, buffer in self._buffers.items():
                 setattr(self.pointers, name, buffer.data_ptr())
-        return self._hidden[:count]
+        return self._hidden[:count], self._share[:count]
 
 
-def _weight_bytes(config: ModelConfig, item_bytes: int) -> int:
-    """Of all packed weights."""
+def _weight_bytes(config: ModelConfig, vocabulary: int, item_bytes: int) -> int:
+    """Of all packed weights, with `vocabulary` rows of the head."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     attended = config.heads * config.head_dim
     layer = (
@@ -211,7 +235,7 @@ def _weight_bytes(config: ModelConfig, item_bytes: int) -> int:
         (intermediate, hidden),
         (hidden, intermediate),
     )
-    weights = [*(layer * config.layers), (config.vocab_size, hidden)]
+    weights = [*(layer * config.layers), (vocabulary, hidden)]
     return sum(Arena.padded(packed_bytes(*shape, item_bytes)) for shape in weights)
 
 

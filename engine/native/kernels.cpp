@@ -35,6 +35,8 @@ struct Step {
     const float *cosine, *sine;  // [rows, head_dim / 2]
     const int32_t* slots;        // [rows, 2]: page, and offset in it, of each row's key and value
     void *hidden, *normed, *query_key_value, *attended, *activated;
+    // Of a rank with a part of the weights: its share of what is to be added to `hidden`. Else nullptr: it is added here.
+    void* share;
 };
 
 // logits [rows, outputs] = norm(hidden [rows, inputs]) times packed weights. Normalizes `hidden` in place.
@@ -136,33 +138,48 @@ class Layer {
           query_width_(shape.heads * shape.head_dim),
           width_((shape.heads + 2 * shape.kv_heads) * shape.head_dim) {}
 
-    // Called by every member of the team.
+    // Called by every member of the team, as are its two halves.
     void compute(int member) const {
-        const auto bias = [](const void* from) { return static_cast<const Element<Type>*>(from); };
+        mix(member);
+        team_.barrier();
+        transform(member);
+    }
+
+    // Attention: from `hidden` to what it adds.
+    void mix(int member) const {
         normalize_rows(weights_.attention_norm, member);
         team_.barrier();
         product(step_.normed, shape_.hidden, weights_.query_key_value, width_, 1, member,
-                StoreRows<Type>{qkv(), bias(weights_.query_key_value_bias), false, width_});
+                StoreRows<Type>{qkv(), elements(weights_.query_key_value_bias), false, width_});
         team_.barrier();
         place_rows(member);
         team_.barrier();
         attend_all();
         team_.barrier();
-        product(step_.attended, query_width_, weights_.output, shape_.hidden, 1, member,
-                StoreRows<Type>{hidden(), bias(weights_.output_bias), true, shape_.hidden});
-        team_.barrier();
+        product(step_.attended, query_width_, weights_.output, shape_.hidden, 1, member, sum(weights_.output_bias));
+    }
+
+    // The MLP: from `hidden` to what it adds.
+    void transform(int member) const {
         normalize_rows(weights_.mlp_norm, member);
         team_.barrier();
         product(step_.normed, shape_.hidden, weights_.gate_up, 2 * panels_of(shape_.intermediate) * LANES, 2, member,
-                ActivateRows<Type>{static_cast<Element<Type>*>(step_.activated), bias(weights_.gate_up_bias),
+                ActivateRows<Type>{static_cast<Element<Type>*>(step_.activated), elements(weights_.gate_up_bias),
                                    shape_.intermediate});
         team_.barrier();
-        product(step_.activated, shape_.intermediate, weights_.down, shape_.hidden, 1, member,
-                StoreRows<Type>{hidden(), bias(weights_.down_bias), true, shape_.hidden});
+        product(step_.activated, shape_.intermediate, weights_.down, shape_.hidden, 1, member, sum(weights_.down_bias));
     }
 
    private:
     Element<Type>* hidden() const { return static_cast<Element<Type>*>(step_.hidden); }
+    static const Element<Type>* elements(const void* from) { return static_cast<const Element<Type>*>(from); }
+
+    // Where the products go that are added to `hidden`.
+    StoreRows<Type> sum(const void* bias) const {
+        auto* share = static_cast<Element<Type>*>(step_.share);
+        return {share ? share : hidden(), elements(bias), !share, shape_.hidden};
+    }
+
     Element<Type>* qkv() const { return static_cast<Element<Type>*>(step_.query_key_value); }
 
     template <class Finish>
@@ -248,9 +265,10 @@ class Layer {
 };
 
 template <class Type>
-void compute_layer(Team& team, const Shape& shape, const LayerWeights& weights, const Step& step) {
+void compute_layer(Team& team, const Shape& shape, const LayerWeights& weights, const Step& step,
+                   void (Layer<Type>::*part)(int) const) {
     const Layer<Type> layer(shape, weights, step, team);
-    team.run([&](int member) { layer.compute(member); });
+    team.run([&](int member) { (layer.*part)(member); });
 }
 
 template <class Type>
@@ -277,13 +295,18 @@ EXPORTED Team* baton_team_create(int threads, const int* cores) { return new Tea
 
 EXPORTED void baton_team_destroy(Team* team) { delete team; }
 
-EXPORTED void baton_layer_float32(Team* team, const Shape* shape, const LayerWeights* weights, const Step* step) {
-    compute_layer<Float32>(*team, *shape, *weights, *step);
-}
+// baton_layer_float32 and so on: a whole layer, or one half of it.
+#define EXPORT_LAYER(NAME, TYPE, PART)                                                                               \
+    EXPORTED void NAME(Team* team, const Shape* shape, const LayerWeights* weights, const Step* step) {              \
+        compute_layer<TYPE>(*team, *shape, *weights, *step, &Layer<TYPE>::PART);                                     \
+    }
 
-EXPORTED void baton_layer_bfloat16(Team* team, const Shape* shape, const LayerWeights* weights, const Step* step) {
-    compute_layer<BFloat16>(*team, *shape, *weights, *step);
-}
+EXPORT_LAYER(baton_layer_float32, Float32, compute)
+EXPORT_LAYER(baton_layer_bfloat16, BFloat16, compute)
+EXPORT_LAYER(baton_mix_float32, Float32, mix)
+EXPORT_LAYER(baton_mix_bfloat16, BFloat16, mix)
+EXPORT_LAYER(baton_transform_float32, Float32, transform)
+EXPORT_LAYER(baton_transform_bfloat16, BFloat16, transform)
 
 EXPORTED void baton_logits_float32(Team* team, const Head* head) { compute_logits<Float32>(*team, *head); }
 

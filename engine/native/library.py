@@ -68,7 +68,7 @@ class StepPointers(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("cosine", "sine", "slots"),
-                *("hidden", "normed", "query_key_value", "attended", "activated"),
+                *("hidden", "normed", "query_key_value", "attended", "activated", "share"),
             )
         ),
     )

@@ -91,7 +91,8 @@ def test_shares_are_even_and_in_whole_units_where_these_fit():
         range(512), range(512, 1024), range(1024, 1536)
     ]  # fmt: skip
     assert [len(even_range(160, 3, rank, 32)) for rank in range(3)] == [64, 64, 32]
-    assert [len(even_range(10, 4, rank, 32)) for rank in range(4)] == [3, 3, 2, 2]
+    assert [len(even_range(10, 4, rank, 32)) for rank in range(4)] == [4, 2, 2, 2]
+    assert [len(even_range(11, 4, rank, 32)) for rank in range(4)] == [3, 3, 3, 2]
 
 
 def test_workers_fit_together_whatever_their_shards():

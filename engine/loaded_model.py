@@ -1,0 +1,77 @@
+"""A model that is ready to compute: files opened, pool made, weights read; on one of several ranks, its part of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from cluster.config import Kernels
+from cluster.errors import ConfigError
+from cluster.layout import KVLayout
+from cluster.messages import ModelCard
+from cluster.ranks import Rank
+from engine.decoder import Decoder
+from engine.decoders import make_decoder
+from engine.device import open_device, resolve_dtype
+from engine.engine_config import EngineConfig
+from engine.group import TorchGroup
+from engine.kv_cache import KVCache
+from engine.shard import Shard
+from engine.weights import open_model
+
+TRIAL_PAGES = 1
+"""Pages of the pool's memory that no ledger gives out: transfer connections are tried on the last page."""
+
+
+class LoadedModel(NamedTuple):
+    card: ModelCard
+    layout: KVLayout
+    """Of the whole worker."""
+    cache: KVCache
+    """This rank's heads of all pages."""
+    decoder: Decoder
+
+
+def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
+    """Raises `ModelError` or `ConfigError`. Returns when all ranks have theirs."""
+    files = open_model(config.model_path, config.weights)
+    architecture = files.config
+    device = open_device(_device_of(config.device, rank), config.threads)
+    layout = KVLayout(
+        model=files.weights.identity,
+        dtype=resolve_dtype(config.dtype, device).value,
+        page_size=config.page_size,
+        layers=architecture.layers,
+        kv_heads=architecture.kv_heads,
+        head_dim=architecture.head_dim,
+        shards=rank.size,
+    )
+    shard = None
+    if rank.size > 1:
+        shard = Shard(architecture, TorchGroup(rank.number, rank.size, rank.rendezvous, device))
+    cache = KVCache(layout.of_rank(rank.number), config.pool_pages + TRIAL_PAGES, device)
+    decoder = make_decoder(config.kernels, architecture, files.weights, cache, config.threads, shard)
+    if shard is not None:
+        _require_same(decoder, shard, device)
+    context = _context_length(config, architecture.context_length)
+    return LoadedModel(ModelCard(config.model_name, context, architecture.vocab_size), layout, cache, decoder)
+
+
+def _device_of(name: str, rank: Rank) -> str:
+    """Each rank has a GPU of its own."""
+    return f"{name}:{rank.number}" if name == "cuda" and rank.size > 1 else name
+
+
+def _require_same(decoder: Decoder, shard: Shard, device: torch.device) -> None:
+    """Raises `ConfigError` if ranks compute by different kernels: what they pad, and so what they add up, differs."""
+    native = shard.add_up(torch.tensor([float(decoder.kernels is Kernels.NATIVE)], device=device)).item()
+    if native not in (0, shard.group.size):
+        raise ConfigError("model.kernels: not all ranks can have the native ones; set it to torch")
+
+
+def _context_length(config: EngineConfig, models_own: int) -> int:
+    wanted = config.context_length
+    if wanted is not None and wanted > models_own:
+        raise ConfigError(f"model.context_length: {wanted} is more than the model's {models_own}")
+    return wanted or models_own
