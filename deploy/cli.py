@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
 from rich.console import Console
 
-from cluster.clock import MonotonicClock
-from cluster.config import Bootstrap, Router, Security
+from cluster.config import Router, Security, Topology
 from cluster.errors import BatonError, ConfigError
 from cluster.model_files import resolve_model
 from cluster.tasks import first_of
 from cluster.topology import dump_topology, load_topology
-from deploy.cluster_client import RouterClient, ask_bootstrap, ask_router, base_url
+from deploy.cluster_client import RouterClient, ask_router, base_url
 from deploy.demo import run_demo
 from deploy.explain import waterfall
 from deploy.foreground import run_cluster
 from deploy.kubernetes.cli import app as kubernetes
-from deploy.preflight import prepare
-from deploy.rolling import Rolling
+from deploy.launchers.base import Cluster
+from deploy.operate import find_topology, open_cluster
+from deploy.pools import parse_sizes
 from deploy.session import Session
-from deploy.status import status_table
+from deploy.show import Wanted, show_logs, show_status
 
 TopologyPath = Annotated[Path, typer.Argument(metavar="TOPOLOGY", help="The cluster's YAML file.")]
 Overrides = Annotated[
@@ -37,9 +38,12 @@ StartTimeout = Annotated[float, typer.Option("--start-timeout", metavar="SECONDS
 
 ClusterTopology = Annotated[
     Path | None,
-    typer.Option("--topology", help="The cluster's YAML file; for one of `baton up`, that in its log folder."),
+    typer.Option("--topology", help="The cluster's YAML file; default: the cluster with bootstrap's usual port."),
 ]
 RollingTimeout = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="Limit for each worker.")]
+
+STOP_SECONDS = 60.0
+"""For each of router, workers and bootstrap, where the place does not know better."""
 
 app = typer.Typer(
     help="Prefill/decode disaggregated LLM serving.",
@@ -67,10 +71,10 @@ def up(
     start_timeout: StartTimeout = 900.0,
 ) -> None:
     """Start a cluster in the foreground; Ctrl-C stops it."""
-    topology = prepare(load_topology(topology_path, overrides))
+    topology = load_topology(topology_path, overrides)
     console = _console()
 
-    async def serve(session: Session, router: RouterClient) -> None:
+    async def serve(topology: Topology, session: Session, router: RouterClient) -> None:
         url = base_url(topology.router.host, topology.router.port, topology.router.tls.scheme)
         console.print(
             f"ready: {topology.served_model} at {url} (Ctrl-C stops it)", markup=False, highlight=False, soft_wrap=True
@@ -88,10 +92,10 @@ def demo(
     start_timeout: StartTimeout = 900.0,
 ) -> None:
     """Start a cluster, stream one answer, show where its time went, stop."""
-    topology = prepare(load_topology(topology_path, overrides))
+    topology = load_topology(topology_path, overrides)
     console = _console()
 
-    async def serve(session: Session, router: RouterClient) -> None:
+    async def serve(topology: Topology, session: Session, router: RouterClient) -> None:
         answering = asyncio.ensure_future(run_demo(router, topology.served_model, console))
         watching = asyncio.ensure_future(session.watch())
         await first_of(answering, watching)
@@ -101,26 +105,27 @@ def demo(
 
 @app.command()
 def status(
-    topology_path: Annotated[Path | None, typer.Option("--topology", help="The cluster's YAML file.")] = None,
+    topology_path: ClusterTopology = None,
     url: Annotated[str | None, typer.Option(help="Bootstrap's URL, in place of a topology.")] = None,
     overrides: Overrides = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every second, until Ctrl-C.")] = False,
 ) -> None:
     """Show the workers of a running cluster."""
-    topology = load_topology(topology_path, overrides) if topology_path else None
-    config = topology.bootstrap if topology else Bootstrap()
+    wanted = Wanted(topology_path, overrides, url)
+    _interruptible(show_status(wanted, _console(), as_json=as_json, watch=watch))
 
-    async def ask() -> None:
-        async with ask_bootstrap(config, topology.security if topology else Security(), url) as bootstrap:
-            workers = await bootstrap.workers()
-        if as_json:
-            print(msgspec.json.encode(workers).decode())
-        elif workers:
-            _console().print(status_table(workers, config.lease_seconds))
-        else:
-            print("no workers")
 
-    asyncio.run(ask())
+@app.command()
+def scale(
+    sizes: Annotated[list[str], typer.Argument(metavar="POOL=WORKERS...", help="decode=4, prefill=2, or both.")],
+    topology_path: ClusterTopology = None,
+    overrides: Overrides = [],  # noqa: B006
+    timeout: RollingTimeout = 900.0,
+) -> None:
+    """Make pools larger or smaller while they serve: new workers take work when ready, the youngest drain and end."""
+    wanted = parse_sizes(sizes)
+    _operate(topology_path, overrides, timeout, lambda cluster: cluster.scale(wanted))
 
 
 @app.command()
@@ -131,7 +136,7 @@ def drain(
     timeout: RollingTimeout = 900.0,
 ) -> None:
     """End workers in order: no new work, what they have finishes, or goes on elsewhere."""
-    _roll(topology_path, overrides, timeout, lambda rolling: rolling.drain(workers))
+    _operate(topology_path, overrides, timeout, lambda cluster: cluster.drain(workers))
 
 
 @app.command()
@@ -142,22 +147,41 @@ def restart(
     timeout: RollingTimeout = 900.0,
 ) -> None:
     """Drain workers and start them anew, the next when the last one takes work again."""
-    _roll(topology_path, overrides, timeout, lambda rolling: rolling.restart(workers or []))
+    _operate(topology_path, overrides, timeout, lambda cluster: cluster.restart(workers or []))
+
+
+@app.command()
+def down(topology_path: ClusterTopology = None, overrides: Overrides = []) -> None:  # noqa: B006
+    """Stop a running cluster, as Ctrl-C of its `baton up` would."""
+    _operate(topology_path, overrides, 0.0, lambda cluster: cluster.stop(STOP_SECONDS))
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A worker, router or bootstrap.")],
+    topology_path: ClusterTopology = None,
+    overrides: Overrides = [],  # noqa: B006
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="The last of them.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="All that come, until Ctrl-C.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="As they are written, JSON.")] = False,
+) -> None:
+    """Show the log of one process of a running cluster, wherever it runs."""
+    _interruptible(show_logs(Wanted(topology_path, overrides), name, lines, follow=follow, raw=raw))
 
 
 @app.command()
 def explain(
     request: Annotated[str, typer.Argument(metavar="REQUEST", help="The answer's id, or the request's X-Request-Id.")],
     router: Annotated[str | None, typer.Option(metavar="URL", help="Of the router, in place of a topology.")] = None,
-    topology_path: Annotated[Path | None, typer.Option("--topology", help="The cluster's YAML file.")] = None,
+    topology_path: ClusterTopology = None,
     overrides: Overrides = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
     """Show where the time of one request went, stage by stage."""
-    topology = load_topology(topology_path, overrides) if topology_path else None
-    config = topology.router if topology else Router()
 
     async def ask() -> None:
+        topology = await find_topology(topology_path, overrides)
+        config = topology.router if topology else Router()
         async with ask_router(config, topology.security if topology else Security(), router) as client:
             record = await client.record(request)
         if as_json:
@@ -182,20 +206,21 @@ def validate(topology_path: TopologyPath, overrides: Overrides = []) -> None:  #
         print(f"note: not on this machine: {error}", file=sys.stderr)
 
 
-def _roll(
-    topology_path: Path | None, overrides: list[str], timeout: float, work: Callable[[Rolling], Awaitable[None]]
+def _operate(
+    topology_path: Path | None, overrides: list[str], timeout: float, work: Callable[[Cluster], Awaitable[None]]
 ) -> None:
-    topology = load_topology(topology_path, overrides) if topology_path else None
-    security = topology.security if topology else Security()
+    async def operate() -> None:
+        topology = await find_topology(topology_path, overrides)
+        async with open_cluster(topology, lambda line: print(line, flush=True), timeout) as cluster:
+            await work(cluster)
 
-    async def roll() -> None:
-        async with (
-            ask_bootstrap(topology.bootstrap if topology else Bootstrap(), security) as bootstrap,
-            ask_router(topology.router if topology else Router(), security) as router,
-        ):
-            await work(Rolling(bootstrap, router, MonotonicClock(), timeout, lambda line: print(line, flush=True)))
+    _interruptible(operate())
 
-    asyncio.run(roll())
+
+def _interruptible(work: Coroutine[Any, Any, None]) -> None:
+    """Ctrl-C ends what is watched, followed or waited for, and is no error."""
+    with suppress(KeyboardInterrupt):
+        asyncio.run(work)
 
 
 def _console() -> Console:

@@ -1,30 +1,33 @@
-"""A cluster of this machine in the foreground: it lives as long as what is done with it, or until a signal."""
+"""A supervised cluster in the foreground: it lives as long as what is done with it, or until somebody ends it."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-import tempfile
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from cluster.clock import MonotonicClock
 from cluster.config import Topology
-from cluster.errors import LaunchError
 from cluster.stop_signals import POLITE, StopSignals
 from cluster.tasks import first_of
-from cluster.topology import dump_topology
 from deploy.cluster_client import RouterClient, ask_bootstrap, ask_router, observe
+from deploy.control import listening
 from deploy.display import make_display
-from deploy.launchers.local import LocalProcesses
+from deploy.launchers.processes import ProcessRunner
+from deploy.places import open_place
 from deploy.plan import processes
+from deploy.preflight import prepare
+from deploy.run_directory import Running, announced, make_run_directory, write_topology
 from deploy.session import GRACE_SECONDS, Session
+from deploy.supervised import SupervisedCluster
 from deploy.supervision import Supervisor
 
-Serve = Callable[[Session, RouterClient], Awaitable[None]]
-"""What to do with a cluster that is ready."""
+Serve = Callable[[Topology, Session, RouterClient], Awaitable[None]]
+"""What to do with a cluster that is ready; the topology is the one that its processes read."""
 
 _STOP_SIGNALS = (*POLITE, signal.SIGHUP)
 
@@ -32,26 +35,45 @@ _STOP_SIGNALS = (*POLITE, signal.SIGHUP)
 async def run_cluster(
     topology: Topology, log_directory: Path | None, start_timeout: float, console: Console, serve: Serve
 ) -> None:
-    """Runs `serve` on a cluster of this machine that lives just as long. A stop signal ends it early, without error."""
-    directory = _run_directory(log_directory)
-    topology_file = _write_topology(directory, topology)
-    console.print(f"logs: {directory}", markup=False, highlight=False, soft_wrap=True)
+    """Runs `serve` on a cluster that lives just as long. A stop signal ends it early, without error.
+
+    Raises `ConfigError` and `LaunchError` for what can't be started, and what `serve` raises.
+    """
+    with open_place(topology) as place:
+        topology = prepare(place.topology)
+        directory = make_run_directory(log_directory)
+        runner = place.make_runner(directory, write_topology(directory, topology))
+        console.print(f"logs: {directory}", markup=False, highlight=False, soft_wrap=True)
+        with announced(topology.bootstrap.port, directory) as running:
+            await _run(topology, runner, running, start_timeout, console, serve)
+
+
+async def _run(
+    topology: Topology,
+    runner: ProcessRunner,
+    running: Running,
+    start_timeout: float,
+    console: Console,
+    serve: Serve,
+) -> None:
+    display, clock = make_display(console), MonotonicClock()
     async with (
         ask_router(topology.router, topology.security) as router,
         ask_bootstrap(topology.bootstrap, topology.security) as bootstrap,
     ):
-        session = Session(
-            processes(topology, topology_file),
-            LocalProcesses(directory),
-            lambda: observe(bootstrap, router),
-            make_display(console),
-            MonotonicClock(),
-            Supervisor(topology.restarts),
-        )
+        probe = partial(observe, bootstrap, router)
+        session = Session(processes(topology), runner, probe, display, clock, Supervisor(topology.restarts))
+
+        def cluster_for(tell: Callable[[str], None], patience_seconds: float) -> SupervisedCluster:
+            tell_both = _both(display.tell, tell)
+            return SupervisedCluster(
+                topology, session, probe, router, running.directory, clock, patience_seconds, tell_both
+            )
 
         async def live() -> None:
             await session.start(start_timeout)
-            await serve(session, router)
+            async with listening(cluster_for, running.socket):
+                await serve(topology, session, router)
 
         with StopSignals(_STOP_SIGNALS) as signals:
             try:
@@ -69,21 +91,9 @@ async def _stop(session: Session, signals: StopSignals, grace_seconds: float) ->
     await session.stop(grace_seconds=0)
 
 
-def _run_directory(wanted: Path | None) -> Path:
-    try:
-        if wanted is None:
-            return Path(tempfile.mkdtemp(prefix="baton-"))
-        wanted.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LaunchError(f"can't make the log directory: {error}") from error
-    return wanted
+def _both(one: Callable[[str], None], other: Callable[[str], None]) -> Callable[[str], None]:
+    def tell(line: str) -> None:
+        one(line)
+        other(line)
 
-
-def _write_topology(directory: Path, topology: Topology) -> str:
-    """What the processes read: one file in which all is decided, so that none of them decides otherwise."""
-    path = directory / "topology.yaml"
-    try:
-        path.write_text(dump_topology(topology))
-    except OSError as error:
-        raise LaunchError(f"can't write to the log directory: {error}") from error
-    return str(path)
+    return tell

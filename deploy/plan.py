@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cluster.config import Topology
+from cluster.messages import Role
 from deploy.launchers.base import ProcessKind
 from deploy.launchers.processes import ProcessSpec
 
 
-def processes(topology: Topology, topology_file: str) -> list[ProcessSpec]:
-    """All processes of the cluster, in the order of their start; each reads `topology_file`."""
-    common = ("--topology", topology_file)
-
-    def workers(kind: ProcessKind, replicas: int) -> Iterable[ProcessSpec]:
-        for index in range(replicas):
-            yield ProcessSpec(f"{kind.value}-{index}", kind, f"{kind.value}_worker", (*common, "--index", str(index)))
-
+def processes(topology: Topology) -> list[ProcessSpec]:
+    """All processes of the cluster, in the order of their start."""
     return [
-        ProcessSpec("bootstrap", ProcessKind.BOOTSTRAP, "bootstrap", common),
-        *workers(ProcessKind.PREFILL, topology.prefill.replicas),
-        *workers(ProcessKind.DECODE, topology.decode.replicas),
-        ProcessSpec("router", ProcessKind.ROUTER, "router", common),
+        ProcessSpec("bootstrap", ProcessKind.BOOTSTRAP, "bootstrap", ()),
+        *(worker(Role.PREFILL, index) for index in range(topology.prefill.replicas)),
+        *(worker(Role.DECODE, index) for index in range(topology.decode.replicas)),
+        ProcessSpec("router", ProcessKind.ROUTER, "router", ()),
     ]
+
+
+def worker(role: Role, index: int) -> ProcessSpec:
+    """One worker of a pool."""
+    kind = ProcessKind(role.value)
+    return ProcessSpec(f"{role.value}-{index}", kind, f"{role.value}_worker", ("--index", str(index)))
 
 
 def stop_order(specs: Iterable[ProcessSpec]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""`baton status`: the pools as bootstrap sees them."""
+"""`baton status`: the pools as bootstrap sees them, and the workers that are on their way there."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from cluster.messages import MemberStatus
+from cluster.messages import MemberStatus, Role
+from deploy.launchers.base import Replica
 
 _HEALTH_STYLES = {"ready": "green", "unready": "yellow", "stalled": "red", "silent": "red"}
+_NUMBERS = ("queued", "running", "KV pages", "quarantined", "steps", "heartbeat")
 
 
 def health(status: MemberStatus, lease_seconds: float) -> str:
@@ -22,29 +24,41 @@ def health(status: MemberStatus, lease_seconds: float) -> str:
     return "ready" if status.load.ready else "unready"
 
 
-def status_table(workers: Sequence[MemberStatus], lease_seconds: float) -> Table:
-    """One row for each worker, prefill pool first."""
+def status_table(workers: Sequence[MemberStatus], lease_seconds: float, others: Sequence[Replica] = ()) -> Table:
+    """One row for each worker, prefill pool first. `others` are those that their launcher knows and bootstrap does
+    not."""
     table = Table(box=None, pad_edge=False)
     for name in ("worker", "role", "epoch", "health"):
         table.add_column(name)
     for name in ("queued", "running", "KV pages", "quarantined", "steps", "heartbeat"):
         table.add_column(name, justify="right")
-    for status in sorted(workers, key=lambda status: (status.member.role != "prefill", status.member.worker)):
-        member, load = status.member, status.load
-        word = health(status, lease_seconds)
-        table.add_row(
-            member.worker,
-            member.role.value,
-            short_epoch(member.epoch),
-            Text(word, _HEALTH_STYLES[word]),
-            str(load.queued),
-            str(load.running),
-            f"{load.pages_used}/{load.pages_total}",
-            str(load.pages_quarantined),
-            str(load.steps),
-            f"{status.age_seconds:.1f} s ago",
-        )
+    rows = {(status.member.role.value, status.member.worker): _row(status, lease_seconds) for status in workers}
+    rows |= {(replica.kind.value, replica.name): _other_row(replica) for replica in others}
+    for role, name in sorted(rows, key=lambda row: (row[0] != Role.PREFILL.value, *row)):
+        table.add_row(*rows[role, name])
     return table
+
+
+def _row(status: MemberStatus, lease_seconds: float) -> list[str | Text]:
+    member, load = status.member, status.load
+    word = health(status, lease_seconds)
+    return [
+        member.worker,
+        member.role.value,
+        short_epoch(member.epoch),
+        Text(word, _HEALTH_STYLES[word]),
+        str(load.queued),
+        str(load.running),
+        f"{load.pages_used}/{load.pages_total}",
+        str(load.pages_quarantined),
+        str(load.steps),
+        f"{status.age_seconds:.1f} s ago",
+    ]
+
+
+def _other_row(replica: Replica) -> list[str | Text]:
+    state = f"{replica.state.value}: {replica.reason}" if replica.reason else replica.state.value
+    return [replica.name, replica.kind.value, "", Text(state, "yellow")]
 
 
 def short_epoch(epoch: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 
 from cluster.errors import LaunchError
@@ -37,7 +38,11 @@ class FakeProcesses:
         return await self._exits.get()
 
     def status(self) -> list[ProcessStatus]:
-        return [ProcessStatus(name, running, "memory") for name, running in self._running.items()]
+        lives = Counter(spec.name for spec in self.started)
+        return [
+            ProcessStatus(name, running, "memory", instance=f"{name}/{lives[name]}", node="memory")
+            for name, running in self._running.items()
+        ]
 
     def log_tail(self, name: str, lines: int) -> list[str]:
         return self._logs[name][-lines:]

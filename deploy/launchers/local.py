@@ -6,78 +6,99 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from cluster.errors import LaunchError
 from cluster.process import die_with_parent
 from deploy.launchers.processes import ProcessExit, ProcessSpec, ProcessStatus
+from deploy.log_files import log_file, tail
 
-_TAIL_BYTES = 64 * 1024
+_NO_VARIABLES: Mapping[str, str] = {}
+
+
+class _Life(NamedTuple):
+    process: asyncio.subprocess.Process
+    started_ns: int
+    watching: asyncio.Task[None]
 
 
 class LocalProcesses:
     """A `ProcessRunner`. Each process has a session of its own, so that a terminal's Ctrl-C reaches us alone and the
     order of the stop is ours; what it prints goes to NAME.log in `directory`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, common: Sequence[str] = (), environment: Mapping[str, str] = _NO_VARIABLES
+    ) -> None:
+        """`common`: arguments of every process, before its own; `environment`: variables beside our own."""
         self._directory = directory
-        self._processes: dict[str, asyncio.subprocess.Process] = {}
-        self._watching: dict[str, asyncio.Task[None]] = {}
+        self._common = common
+        # PYTHONSAFEPATH (Python 3.11): a folder named "router" where the user stands must not hide our module.
+        self._environment = {**os.environ, "PYTHONSAFEPATH": "1", **environment}
+        self._lives: dict[str, _Life] = {}
         self._stopping: set[str] = set()
         self._exits: asyncio.Queue[ProcessExit] = asyncio.Queue()
 
     async def start(self, process: ProcessSpec) -> None:
-        # PYTHONSAFEPATH (Python 3.11): a folder named "router" where the user stands must not hide our module.
-        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         try:
             # What a former life wrote says why there is a new one.
-            with self._log(process.name).open("ab" if process.name in self._processes else "wb") as log:
+            with log_file(self._directory, process.name).open("ab" if process.name in self._lives else "wb") as log:
+                started_ns = time.time_ns()
                 child = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
                     process.module,
+                    *self._common,
                     *process.arguments,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=asyncio.subprocess.STDOUT,
-                    env=environment,
+                    env=self._environment,
                     start_new_session=True,
                     preexec_fn=die_with_parent,
                 )
         except OSError as error:
             raise LaunchError(f"{process.name} can't be started: {error}") from error
         self._stopping.discard(process.name)
-        self._processes[process.name] = child
-        self._watching[process.name] = asyncio.create_task(self._watch(process.name, child))
+        watching = asyncio.create_task(self._watch(process.name, child))
+        self._lives[process.name] = _Life(child, started_ns, watching)
 
     async def stop(self, names: Sequence[str], grace_seconds: float) -> None:
         self._stopping.update(names)
-        running = {name: self._watching[name] for name in names if name in self._watching}
-        for name in running:
-            self._signal(name, signal.SIGTERM)
-        if running:
-            await asyncio.wait(running.values(), timeout=grace_seconds)
-        for name, watching in running.items():
-            if not watching.done():
-                _kill_group(self._processes[name].pid)
-        if running:
-            await asyncio.wait(running.values())
+        lives = [self._lives[name] for name in names if name in self._lives]
+        for life in lives:
+            if life.process.returncode is None:
+                life.process.send_signal(signal.SIGTERM)
+        if lives:
+            await asyncio.wait([life.watching for life in lives], timeout=grace_seconds)
+        for life in lives:
+            if not life.watching.done():
+                _kill_group(life.process.pid)
+        if lives:
+            await asyncio.wait([life.watching for life in lives])
 
     async def next_exit(self) -> ProcessExit:
         return await self._exits.get()
 
     def status(self) -> list[ProcessStatus]:
         return [
-            ProcessStatus(name, running=process.returncode is None, log=str(self._log(name)))
-            for name, process in self._processes.items()
+            ProcessStatus(
+                name,
+                running=life.process.returncode is None,
+                log=str(log_file(self._directory, name)),
+                instance=f"{life.process.pid}@{life.started_ns}",
+                node=socket.gethostname(),
+                started_ns=life.started_ns,
+            )
+            for name, life in self._lives.items()
         ]
 
     def log_tail(self, name: str, lines: int) -> list[str]:
-        with self._log(name).open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            return log.read().decode(errors="replace").splitlines()[-lines:]
+        return tail(log_file(self._directory, name), lines)
 
     async def _watch(self, name: str, process: asyncio.subprocess.Process) -> None:
         code = await process.wait()
@@ -85,14 +106,6 @@ class LocalProcesses:
         _kill_group(process.pid)
         if name not in self._stopping:
             self._exits.put_nowait(ProcessExit(name, code))
-
-    def _signal(self, name: str, number: signal.Signals) -> None:
-        process = self._processes[name]
-        if process.returncode is None:
-            process.send_signal(number)
-
-    def _log(self, name: str) -> Path:
-        return self._directory / f"{name}.log"
 
 
 def _kill_group(leader: int) -> None:

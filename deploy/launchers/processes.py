@@ -11,7 +11,8 @@ from deploy.launchers.base import ProcessKind
 
 
 class ProcessSpec(NamedTuple):
-    """One process: `python -m module arguments`. `name` is unique in the cluster, a worker's is its name there."""
+    """One process: `python -m module arguments`; which topology it reads, its place adds. `name` is unique in the
+    cluster, a worker's is its name there."""
 
     name: str
     kind: ProcessKind
@@ -24,8 +25,12 @@ class ProcessExit(NamedTuple):
 
     name: str
     code: int
+    lost: str = ""
+    """Why nobody can tell its exit code: what it ran on is gone."""
 
     def __str__(self) -> str:
+        if self.lost:
+            return f"{self.name} was lost: {self.lost}"
         if self.code >= 0:
             return f"{self.name} ended (exit code {self.code})"
         return f"{self.name} was killed ({signal.Signals(-self.code).name})"
@@ -35,7 +40,15 @@ class ProcessStatus(NamedTuple):
     name: str
     running: bool
     log: str
-    """Where its log is, for people."""
+    """The file, on this machine, to which all is written that it prints."""
+    instance: str = ""
+    """Of two lives of one name, different; empty while it has no place to run."""
+    node: str = ""
+    """Where it runs."""
+    started_ns: int = 0
+    """Nanoseconds since 1970 by the clock of its node: no epoch of this life is earlier."""
+    waiting_for: str = ""
+    """Started, but without a place: what it waits for."""
 
 
 class ProcessRunner(Protocol):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import pytest
 
-from cluster.errors import ConfigError, NotFound
+from cluster.errors import ConfigError, LaunchError, NotFound
 from cluster.messages import Role
 from deploy.launchers.base import Cluster, ProcessKind, Replica, ReplicaState
 
@@ -51,7 +52,8 @@ class Place(NamedTuple):
 async def require_stopped(cluster: Cluster) -> None:
     """For the end of a place's fixture."""
     await asyncio.wait_for(cluster.stop(grace_seconds=30.0), PATIENCE)
-    assert await cluster.status() == []
+    with suppress(LaunchError):  # nobody answers: so much is gone
+        assert await cluster.status() == []
     await cluster.stop(grace_seconds=0.0)
 
 

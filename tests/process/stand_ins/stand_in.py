@@ -6,12 +6,14 @@ Workers are known to bootstrap by a file each in the folder of the topology file
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -32,9 +34,9 @@ def log(event: str, **fields: object) -> None:
     print(json.dumps({"event": event, **fields}), file=sys.stderr, flush=True)
 
 
-def member_status(worker: str, role: Role, ready: bool) -> MemberStatus:
-    member = Member(worker, role, 1, "http://x", LAYOUT, ModelCard("m", 64, 100), "nixl", 8, 4)
-    return MemberStatus(member, Load(queued=2, running=1, pages_used=3, pages_total=8, steps=7, ready=ready), 0.5)
+def member_status(worker: str, role: Role, epoch: int) -> MemberStatus:
+    member = Member(worker, role, epoch, "http://x", LAYOUT, ModelCard("m", 64, 100), "nixl", 8, 4)
+    return MemberStatus(member, Load(queued=2, running=1, pages_used=3, pages_total=8, steps=7, ready=True), 0.5)
 
 
 class Process:
@@ -93,18 +95,29 @@ class Process:
 
 
 def worker(module: str, role: Role) -> None:
+    """A member from its start to its end; like a real one, it stays in the roster when it is killed."""
     process = Process(module)
-    status = member_status(process.name, role, ready=True)
-    (process.directory / f"{process.name}.member").write_bytes(msgspec.json.encode(status))
-    process.wait()
+    file = process.directory / f"{process.name}.member"
+    file.write_bytes(msgspec.json.encode(member_status(process.name, role, time.time_ns())))
+    try:
+        process.wait()
+    finally:
+        file.unlink()
+
+
+def members(directory: Path) -> list[bytes]:
+    found = []
+    for path in directory.glob("*.member"):
+        with contextlib.suppress(FileNotFoundError):  # it has just left
+            found.append(path.read_bytes())
+    return [each for each in found if each]  # not while it is being written
 
 
 def bootstrap() -> None:
     process = Process("bootstrap")
 
     def workers() -> bytes:
-        members = [path.read_bytes() for path in process.directory.glob("*.member")]
-        return b'{"workers": [' + b", ".join(member for member in members if member) + b"]}"
+        return b'{"workers": [' + b", ".join(members(process.directory)) + b"]}"
 
     process.serve(process.topology.bootstrap.port, {"GET /workers": workers})
 
@@ -114,10 +127,17 @@ def router() -> None:
     words = [{"id": "r1", "choices": [{"delta": {"content": word}}]} for word in ("Light", " scatters", ".")]
     answer = "".join(f"data: {json.dumps(word)}\n\n" for word in words) + "data: [DONE]\n\n"
     record = {"id": "r1", "prompt_tokens": 30, "output_tokens": 3, "total_seconds": 0.5, "first_token_seconds": 0.25}
+
+    def fleet() -> bytes:
+        known = [msgspec.json.decode(each, type=MemberStatus).member for each in members(process.directory)]
+        workers = [{"worker": member.worker, "epoch": member.epoch, "live": True} for member in known]
+        return json.dumps({"workers": workers}).encode()
+
     process.serve(
         process.topology.router.port,
         {
             "GET /health": lambda: b"{}",
+            "GET /status": fleet,
             "GET /v1/requests/r1": lambda: json.dumps(record).encode(),
             "POST /v1/chat/completions": lambda: answer.encode(),
         },

@@ -16,7 +16,7 @@ from deploy.session import Session
 from deploy.supervision import Supervisor
 from tests.unit.deploy.example_members import member_status
 
-SPECS = processes(Topology(model=Model(path="m")), "t.yaml")
+SPECS = processes(Topology(model=Model(path="m")))
 NOTHING = (None, False)
 ALL_READY = ([member_status("prefill-0"), member_status("decode-0")], True)
 

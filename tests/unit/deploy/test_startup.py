@@ -5,7 +5,7 @@ from deploy.plan import processes
 from deploy.startup import Observation, Phase, Startup
 from tests.unit.deploy.example_members import member_status
 
-SPECS = processes(Topology(model=Model(path="m")), "t.yaml")
+SPECS = processes(Topology(model=Model(path="m")))
 NOTHING = Observation(None, False, {})
 
 
