@@ -22,7 +22,8 @@ Amount = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Cores = list[list[NonNegative]]
-"""For each replica, the cores it is pinned to; also its number of compute threads."""
+"""For each replica, the cores it is pinned to; also its number of compute threads. When a pool has been scaled beyond
+them, its workers share them in turn."""
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -68,7 +68,7 @@ def main(program: str, cores_of: Callable[[Topology], Cores], build: Build) -> i
         topology = load_topology(arguments.topology, arguments.set)
         configure(arguments.name, topology.logging)
         cpus = cores_of(topology)
-        cores = pin(cpus[arguments.index] if arguments.index < len(cpus) else [])
+        cores = pin(cpus[arguments.index % len(cpus)] if cpus else [])
         context = EngineContext(
             topology, arguments.name, arguments.host, epoch, cores, channel, board, MonotonicClock()
         )
