@@ -136,9 +136,15 @@ class WorkerMetrics:
         self._batch = histogram("baton_decode_batch_size", "Mean batch size of a request's steps.", _BATCH)
         self._running = gauge("baton_running_requests", "Attempts in the step loop.")
         self._waiting = gauge("baton_waiting_requests", "Attempts that wait for compute or KV.")
-        self._waiting_tokens = gauge("baton_waiting_tokens", "Prompt tokens that wait for compute.")
+        self._waiting_tokens = gauge(
+            "baton_waiting_tokens", "Prompt tokens that wait for compute, those in the prefix cache left out."
+        )
         self._pages_used = gauge("baton_kv_pages_used", "KV pages that have an owner.", "owner")
         self._pages = gauge("baton_kv_pages", "KV pages of the pool.")
+        self._committed = gauge(
+            "baton_kv_committed_ratio",
+            "Share of the pool that requests hold or that is kept for them; what only the prefix cache has is free.",
+        )
         self._quarantined = gauge("baton_kv_pages_quarantined", "Granted pages waiting for their writer's word.")
         self._transfers = gauge("baton_transfers_in_flight", "Handoffs between OFFER and end.")
         self._stale = counter("baton_worker_stale_messages_total", "Messages refused for their fence.", "kind")
@@ -164,6 +170,7 @@ class WorkerMetrics:
         self._waiting.labels(**self._labels).set(load.queued)
         self._waiting_tokens.labels(**self._labels).set(load.queued_tokens)
         self._pages.labels(**self._labels).set(load.pages_total)
+        self._committed.labels(**self._labels).set(load.pages_used / max(1, load.pages_total))
         self._quarantined.labels(**self._labels).set(load.pages_quarantined)
         self._transfers.labels(**self._labels).set(load.transfers)
         for owner, pages in load.owners.items():

@@ -222,9 +222,16 @@ class Scheduler:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens still to be prefilled, of queued sequences and of those that are being prefilled."""
+        """Tokens still to be computed before their sequences decode: of those that are being prefilled, and of queued
+        ones as far as the prefix cache does not have them now."""
         everyone = (*self._running.values(), *self._waiting.values(), *self._paged.values())
-        return sum(max(0, sequence.prefill_end - sequence.computed) for sequence in everyone)
+        return sum(max(0, sequence.prefill_end - self._computed_or_cached(sequence)) for sequence in everyone)
+
+    def _computed_or_cached(self, sequence: Sequence) -> int:
+        if sequence.pages:
+            return sequence.computed
+        present = self._prefixes.present(sequence.chain_by(self._prefixes.chain))
+        return max(sequence.computed, min(present, (sequence.length - 1) // self._page_size) * self._page_size)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 

@@ -48,3 +48,4 @@ async def test_the_work_is_counted_where_it_was_done(expositions):
     assert counted["router", "baton_inter_token_latency_seconds_count"] >= 7
     assert counted["router", "baton_workers"] == 1
     assert ("decode-0", "baton_kv_pages_used") not in counted, "an idle worker uses no page"
+    assert ("decode-0", "baton_kv_committed_ratio") not in counted

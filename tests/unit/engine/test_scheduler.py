@@ -24,9 +24,9 @@ def sequence(key, prompt, max_tokens=1, output=(), computed=0):
     return Sequence(key, [1] * prompt, list(output), sampling, computed)
 
 
-def scheduler(pages=100, max_running=8, chunk_tokens=16, policy=None):
+def scheduler(pages=100, max_running=8, chunk_tokens=16, policy=None, prefix_cache=False):
     ledger = PageLedger(pages)
-    prefixes = PrefixCache(ledger, PAGE, enabled=False)
+    prefixes = PrefixCache(ledger, PAGE, enabled=prefix_cache)
     pacing, commitments = Pacing(chunk_tokens), Commitments(1.0)
     return Scheduler(ledger, prefixes, PAGE, max_running, policy or FirstCome(), pacing, commitments), ledger
 
@@ -55,6 +55,17 @@ def test_short_prompts_share_a_chunk_and_the_budget_goes_to_the_oldest_first():
         run.submit(sequence(key, 7))
     assert step(run)[0] == {"a": (0, 7), "b": (0, 7), "c": (0, 2)}
     assert step(run)[0] == {"c": (2, 7)}
+
+
+def test_tokens_that_the_prefix_cache_has_are_not_said_to_wait():
+    run, _ = scheduler(prefix_cache=True)
+    run.submit(sequence("a", 16))
+    assert run.queued_tokens == 16
+    step(run)
+    run.submit(sequence("b", 18))
+    run.submit(sequence("c", 16))
+    assert run.queued_tokens == 2 + PAGE, "c's last token is computed in any case, and with it its page"
+    assert step(run)[0] == {"b": (16, 18), "c": (12, 16)}
 
 
 def test_decoding_never_waits_for_prefill():
