@@ -138,6 +138,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "ternary": lambda yes, no, condition: yes if condition else no,
         "toYaml": _to_yaml,
         "toJson": _to_json,
+        "toString": text_of,
         "trimSuffix": lambda suffix, text: text.removesuffix(suffix),
         "trunc": lambda count, text: text[:count],
     }
