@@ -8,11 +8,12 @@ under way there now. So a burst spreads before the next heartbeat, and what has 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
 from cluster.messages import Fence, Heartbeat, Load, Member, Role
-from router.policies import Candidate, Commitment, Snapshot
+from router.policies import Candidate, Commitment, Kind, Snapshot, kind_of
 from router.request_state import WorkerKey
 
 
@@ -44,9 +45,22 @@ class FleetLimits(msgspec.Struct, frozen=True):
     pool_tokens: int
 
 
-@dataclass
+class _Foreign(NamedTuple):
+    """What others gave a worker, as of its last heartbeat."""
+
+    attempts: int = 0
+    tokens: int = 0
+    pages: int = 0
+
+
+_NOTHING_FOREIGN = _Foreign()
+
+
+@dataclass(eq=False)
 class _Worker:
+    key: WorkerKey
     member: Member
+    kind: Kind
     linked: bool = False
     leaving: bool = False
     seen: float = float("-inf")
@@ -56,8 +70,23 @@ class _Worker:
     tokens: int = 0
     pages: int = 0
     """Sums over the commitments."""
-    foreign: Candidate | None = None
-    """Load by others as of the last heartbeat, with `member` and `key` as the base of `candidate`."""
+    foreign: _Foreign = _NOTHING_FOREIGN
+    known: Candidate | None = None
+    """What placement sees of it, until something changes: among hundreds of workers few do from one request to the
+    next."""
+
+    def candidate(self) -> Candidate:
+        if self.known is None:
+            self.known = Candidate(
+                self.key,
+                self.member,
+                self.kind,
+                attempts=self.foreign.attempts + len(self.commitments),
+                tokens=self.foreign.tokens + self.tokens,
+                pages=self.foreign.pages + self.pages,
+                commitments=self.commitments.values(),
+            )
+        return self.known
 
 
 class FleetView:
@@ -67,14 +96,18 @@ class FleetView:
         self._lease_seconds = lease_seconds
         self._unified = unified
         self._workers: dict[WorkerKey, _Worker] = {}
+        self._by_name: list[_Worker] = []
+        """The same, in order of their names."""
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
     def joined(self, member: Member) -> WorkerKey:
         """A worker is in the roster, for the first time or again."""
         key = WorkerKey(member.worker, member.epoch)
-        worker = self._workers.setdefault(key, _Worker(member))
-        worker.leaving = False
+        if key not in self._workers:
+            self._workers[key] = _Worker(key, member, kind_of(member))
+            self._by_name = sorted(self._workers.values(), key=lambda worker: worker.key.worker)
+        self._workers[key].leaving = False
         return key
 
     def left(self, key: WorkerKey) -> None:
@@ -85,7 +118,7 @@ class FleetView:
     def linked(self, key: WorkerKey, now: float) -> None:
         worker = self._workers[key]
         worker.linked, worker.seen, worker.load = True, now, Load()
-        worker.foreign = None
+        worker.foreign, worker.known = _NOTHING_FOREIGN, None
 
     def unlinked(self, key: WorkerKey) -> None:
         if key in self._workers:
@@ -93,7 +126,9 @@ class FleetView:
 
     def gone(self, key: WorkerKey) -> None:
         """It will not come back."""
-        self._workers.pop(key, None)
+        worker = self._workers.pop(key, None)
+        if worker is not None:
+            self._by_name.remove(worker)
 
     def heartbeat(self, beat: Heartbeat, now: float) -> bool:
         """False for an epoch that is not here."""
@@ -101,13 +136,12 @@ class FleetView:
         if worker is None:
             return False
         worker.seen, worker.load = now, beat.load
-        worker.foreign = Candidate(
-            WorkerKey(beat.worker, beat.epoch),
-            worker.member,
+        worker.foreign = _Foreign(
             attempts=max(0, beat.load.queued + beat.load.running - len(worker.commitments)),
             tokens=max(0, beat.load.queued_tokens - worker.tokens),
             pages=max(0, beat.load.pages_used - worker.pages),
         )
+        worker.known = None
         return True
 
     def commit(self, key: WorkerKey, fence: Fence, prompt: int, output: int, *, prefills: bool) -> None:
@@ -119,6 +153,7 @@ class FleetView:
         worker.commitments[fence] = commitment
         worker.tokens += commitment.tokens
         worker.pages += commitment.pages
+        worker.known = None
 
     def prefilled(self, key: WorkerKey, fence: Fence) -> None:
         """Its prompt is computed: nobody waits for it any more."""
@@ -127,6 +162,7 @@ class FleetView:
         if worker is not None and commitment is not None:
             worker.commitments[fence] = commitment._replace(tokens=0)
             worker.tokens -= commitment.tokens
+            worker.known = None
 
     def release(self, key: WorkerKey, fence: Fence) -> None:
         """That attempt is over there. Of a worker that is gone it is ignored."""
@@ -135,13 +171,13 @@ class FleetView:
         if worker is not None and commitment is not None:
             worker.tokens -= commitment.tokens
             worker.pages -= commitment.pages
+            worker.known = None
 
     # --- what is known -----------------------------------------------------------------------------------------------
 
     def snapshot(self, now: float) -> Snapshot:
         """The live workers, for a policy."""
-        named = sorted(self._workers.items(), key=lambda item: item[0].worker)
-        live = [_candidate(key, worker) for key, worker in named if self._live(worker, now)]
+        live = [worker.candidate() for worker in self._by_name if self._live(worker, now)]
         return Snapshot(
             [candidate for candidate in live if candidate.member.role is Role.PREFILL],
             [candidate for candidate in live if candidate.member.role is Role.DECODE],
@@ -217,13 +253,3 @@ class FleetView:
     def _live(self, worker: _Worker, now: float) -> bool:
         fresh = now - worker.seen <= self._lease_seconds
         return worker.linked and worker.load.ready and fresh and not worker.leaving
-
-
-def _candidate(key: WorkerKey, worker: _Worker) -> Candidate:
-    foreign = worker.foreign or Candidate(key, worker.member, 0, 0, 0)
-    return foreign._replace(
-        attempts=foreign.attempts + len(worker.commitments),
-        tokens=foreign.tokens + worker.tokens,
-        pages=foreign.pages + worker.pages,
-        commitments=worker.commitments.values(),
-    )

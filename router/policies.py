@@ -26,11 +26,21 @@ class Commitment(NamedTuple):
     pages: int
 
 
+Kind = tuple[str, str]
+"""Fingerprint of a KV layout, and a transfer engine: who has the same can hand over to each other."""
+
+
+def kind_of(member: Member) -> Kind:
+    """A digest is made for it: to be asked for once in a worker's life."""
+    return member.layout.fingerprint, member.transfer
+
+
 class Candidate(NamedTuple):
     """A live worker and its load: what others gave it as of its last heartbeat, plus what this router gave it."""
 
     key: WorkerKey
     member: Member
+    kind: Kind
     attempts: int
     tokens: int
     """Prompt tokens that it has yet to compute."""
@@ -114,11 +124,11 @@ def compatible_groups(snapshot: Snapshot, need: Need) -> list[Group]:
         raise NoWorker("no prefill worker is live")
     if needs_decode and not snapshot.decode:
         raise NoWorker("no decode worker is live")
-    kinds = dict.fromkeys(_kind(candidate) for candidate in (*snapshot.prefill, *snapshot.decode))
+    kinds = dict.fromkeys(candidate.kind for candidate in (*snapshot.prefill, *snapshot.decode))
     groups = [
         Group(
-            [candidate for candidate in snapshot.prefill if needs_prefill and _kind(candidate) == kind],
-            [candidate for candidate in snapshot.decode if needs_decode and _kind(candidate) == kind],
+            [candidate for candidate in snapshot.prefill if needs_prefill and candidate.kind == kind],
+            [candidate for candidate in snapshot.decode if needs_decode and candidate.kind == kind],
         )
         for kind in kinds
     ]
@@ -135,10 +145,6 @@ def compatible_groups(snapshot: Snapshot, need: Need) -> list[Group]:
             param="max_tokens",
         )
     return fitting
-
-
-def _kind(candidate: Candidate) -> tuple[str, str]:
-    return candidate.member.layout.fingerprint, candidate.member.transfer
 
 
 def _complete(group: Group, needs_prefill: bool, needs_decode: bool) -> bool:
