@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,6 +232,19 @@ def test_an_older_processor_is_refused_by_the_name_of_what_it_lacks(monkeypatch)
     monkeypatch.setattr(library, "processor_features", lambda: frozenset({"avx512f", "sse4_2"}))
     with pytest.raises(NativeUnavailable, match="a processor with avx512bw, avx512dq, avx512vl"):
         library.load()
+
+
+def test_kernels_that_an_image_brings_are_used_where_nothing_can_be_written(monkeypatch, tmp_path):
+    def nowhere() -> Path:
+        raise NativeUnavailable("a read-only file system")
+
+    made = Path(library.load()._name)
+    brought = tmp_path / library.CACHE / made.name
+    brought.parent.mkdir(parents=True)
+    shutil.copy(made, brought)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(library, "_cache", nowhere)
+    assert library.load()._name == str(brought)
 
 
 def test_the_compilers_complaint_is_told(monkeypatch, tmp_path):
