@@ -14,7 +14,7 @@ STAMP := $(VENV)/.baton-setup
 LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-rdma test-gpu bench bench-handoff bench-chat bench-profile \
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-rdma test-kubernetes test-gpu bench bench-handoff bench-chat bench-profile \
 	setup-bench peers bench-peers docs clean
 
 help:  ## list the targets
@@ -88,6 +88,9 @@ test-fault: setup  ## 200 faults under load, restarts and overload: does a clien
 
 test-rdma: setup  ## transfers over real RDMA verbs, in an emulated machine with such a card (QEMU; slow)
 	$(BIN)/python -m tests.rdma $(ARGS)
+
+test-kubernetes: setup  ## the chart on a real Kubernetes, whose servers are built once (7 minutes), with pods as processes
+	$(BIN)/python -m tests.kubernetes $(ARGS)
 
 test-gpu: setup  ## the tests that need an NVIDIA GPU
 	@if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then \
