@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from cluster.errors import PeerUnreachable, ProtocolError
+from kv_transfer.shard_plan import PageSlice
 
 __all__ = ["PeerUnreachable", "PoolDescriptor", "PoolMemory", "TransferBackend", "WriteHandle", "WriteState"]
 
@@ -67,22 +68,27 @@ class PoolDescriptor(msgspec.Struct, frozen=True):
             raise ProtocolError(f"the peer's transfer descriptor is unreadable: {error}") from error
 
     @classmethod
-    def decode(cls, descriptor: bytes, *, backend: str, page_bytes: int) -> PoolDescriptor:
-        """Raises `ProtocolError` unless it is a pool of the same kind of backend and page."""
+    def decode(
+        cls, descriptor: bytes, *, backend: str, page_bytes: int, part: PageSlice | None = None
+    ) -> PoolDescriptor:
+        """Raises `ProtocolError` unless it is a pool of the same kind of backend, and of the same pages, or of pages
+        that `part` fits into."""
         found = cls.read(descriptor)
-        if (found.backend, found.page_bytes) != (backend, page_bytes):
+        fits = found.page_bytes == page_bytes if part is None else part.theirs + part.size <= found.page_bytes
+        if found.backend != backend or not fits:
             raise ProtocolError(
                 f"the peer's pool is of {found.backend} with pages of {found.page_bytes} bytes; "
-                f"ours is of {backend} with {page_bytes}"
+                f"ours is of {backend} with {page_bytes}" + (f", of which we write {part}" if part else "")
             )
         return found
 
-    def page_addresses(self, pages: Sequence[int]) -> list[int]:
-        """Addresses in the peer's process. Raises `ProtocolError` for a page that its pool does not have."""
+    def page_addresses(self, pages: Sequence[int], offset: int = 0) -> list[int]:
+        """Addresses of byte `offset` of these pages, in the peer's process. Raises `ProtocolError` for a page that its
+        pool does not have."""
         for page in pages:
             if not 0 <= page < self.pages:
                 raise ProtocolError(f"page {page} is not in the peer's pool of {self.pages} pages")
-        return [self.address + page * self.page_bytes for page in pages]
+        return [self.address + page * self.page_bytes + offset for page in pages]
 
 
 class WriteState(Enum):
@@ -109,8 +115,8 @@ class TransferBackend(Protocol):
     descriptor: bytes
     """Opaque to everyone else: goes to peers in `PeerHello`, and into their `connect`."""
 
-    def connect(self, peer: str, descriptor: bytes) -> None:
-        """Makes `peer`'s pool writable under that name. Replaces an earlier peer of that name, whose writes must have
+    def connect(self, peer: str, descriptor: bytes, part: PageSlice | None = None) -> None:
+        """Makes `peer`'s pool writable under that name, of each page all, or this part. Replaces an earlier peer of that name, whose writes must have
         ended. May block for as long as a TCP connect. Raises `PeerUnreachable`, or `ProtocolError` for a descriptor
         that does not fit ours."""
 
@@ -118,7 +124,7 @@ class TransferBackend(Protocol):
         """Forgets `peer`; unknown names are fine. Its writes must have ended."""
 
     def write(self, peer: str, sources: Sequence[int], targets: Sequence[int]) -> WriteHandle:
-        """Posts the copy of our page sources[i] to the peer's page targets[i], for all i. Our pages must not change
+        """Posts the copy of our page sources[i] to the peer's page targets[i], or of their parts, for all i. Our pages must not change
         until the handle is terminal. Raises `PeerUnreachable` for a peer that is not connected or known to be dead,
         `ProtocolError` for a target outside its pool, `ValueError` for a source outside ours."""
 
@@ -126,9 +132,10 @@ class TransferBackend(Protocol):
         """Drives what peers write to us; called regularly while any grant is open. Never blocks."""
 
     def restart(self) -> None:
-        """Ends the engine and starts a fresh one over the same pool; takes up to a second. All writes under way are
-        FAILED when it returns, in full earnest: nothing of them will leave this process any more, nor this host's
-        kernel. All peers are forgotten. For writers only: nobody may be writing to us, for our `descriptor` changes.
+        """Ends all that the engine writes and starts it afresh over the same pool; takes up to two seconds. All writes
+        that were under way are FAILED when it returns, or were DONE just before, in full earnest: nothing of them will
+        leave this process any more, nor this host's kernel. All peers are forgotten. For writers only: nobody may be
+        writing to us, for our `descriptor` may change.
 
         Raises `TransferStuck` if nothing but the end of this process would stop them.
         """

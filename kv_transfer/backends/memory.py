@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from cluster.errors import PeerUnreachable, TransferStuck
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
+from kv_transfer.shard_plan import PageSlice
 
 
 @dataclass
@@ -21,6 +22,8 @@ class MemoryWrite:
     origin: str
     peer: str
     moves: list[tuple[int, int]]
+    size: int
+    """Bytes of each move."""
     state: WriteState = WriteState.PENDING
 
     def poll(self) -> WriteState:
@@ -78,12 +81,11 @@ class MemoryFabric:
 
     def carry(self, write: MemoryWrite, *, corrupt: bool) -> None:
         """Copies now; fails if the peer has left the fabric."""
-        backend = self.alive.get(write.peer)
-        if backend is None:
+        if write.peer not in self.alive:
             write.state = WriteState.FAILED
             return
         for source, target in write.moves:
-            ctypes.memmove(target, source, backend.pool.page_bytes)
+            ctypes.memmove(target, source, write.size)
         if corrupt and write.moves:
             first = ctypes.c_uint8.from_address(write.moves[0][1])
             first.value ^= 0xFF
@@ -101,17 +103,17 @@ class MemoryBackend:
         self.progressed = 0
         self.restarts = 0
         self._agent = agent
-        self._peers: dict[str, PoolDescriptor] = {}
+        self._peers: dict[str, tuple[PoolDescriptor, PageSlice]] = {}
         fabric.alive[agent] = self
         self.descriptor = PoolDescriptor(
             self.name, agent.encode(), pool.address, pool.pages, pool.page_bytes, pool.device
         ).encode()
 
-    def connect(self, peer: str, descriptor: bytes) -> None:
-        found = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self.pool.page_bytes)
+    def connect(self, peer: str, descriptor: bytes, part: PageSlice | None = None) -> None:
+        found = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self.pool.page_bytes, part=part)
         if found.endpoint.decode() not in self.fabric.alive:
             raise PeerUnreachable(f"{peer} has left the fabric")
-        self._peers[peer] = found
+        self._peers[peer] = found, part or PageSlice(0, 0, self.pool.page_bytes)
 
     def disconnect(self, peer: str) -> None:
         self._peers.pop(peer, None)
@@ -119,10 +121,10 @@ class MemoryBackend:
     def write(self, peer: str, sources: Sequence[int], targets: Sequence[int]) -> MemoryWrite:
         if peer not in self._peers:
             raise PeerUnreachable(f"{peer} is not connected")
-        remote = self._peers[peer]
-        addresses = [self.pool.page_address(page) for page in sources]
-        moves = list(zip(addresses, remote.page_addresses(targets), strict=True))
-        write = MemoryWrite(self._agent, remote.endpoint.decode(), moves)
+        remote, part = self._peers[peer]
+        addresses = [self.pool.page_address(page) + part.ours for page in sources]
+        moves = list(zip(addresses, remote.page_addresses(targets, part.theirs), strict=True))
+        write = MemoryWrite(self._agent, remote.endpoint.decode(), moves, part.size)
         self.fabric.submit(write)
         return write
 

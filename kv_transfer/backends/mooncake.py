@@ -3,7 +3,11 @@
 Its batch write blocks, and one that it reports as failed may go on in its own threads until the engine is destroyed. So
 each peer has an engine of its own and a thread that waits for it (an engine costs a millisecond, three sleeping
 threads and a port): a failed write is called FAILED only after its engine is gone, without disturbing other peers.
-A call that does not come back, in spite of Mooncake's own timeout (see `environment`), can't be ended at all.
+
+Two waits of Mooncake's are cut short by ending the connections that it waits at. A first write asks the peer for its
+memory, for up to a minute, whatever Mooncake's timeout for writes (see `environment`) is. And an engine's end waits for
+the engine's threads, of which one listens in turns of a second, with the interpreter locked: all of the process waits.
+A write that does not come back even so can't be ended at all.
 """
 
 from __future__ import annotations
@@ -11,19 +15,23 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
 from cluster.config import TransferName
-from cluster.errors import ConfigError, PeerUnreachable, TransferStuck
+from cluster.errors import ConfigError, PeerUnreachable, ProtocolError, TransferStuck
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
 from kv_transfer.backends.environment import apply_defaults
-from kv_transfer.backends.sockets import drop_unsent_on_close
+from kv_transfer.backends.sockets import addresses, drop_unsent_on_close, hang_up
 
 ENTRIES_PER_BATCH = 1024
 """Mooncake refuses batches of more than about 2,000 entries."""
+
+RESTART_SECONDS = 2.0
+"""For calls to come back whose connections have been ended."""
 
 _NO_LOG = 3
 """glog's level that leaves out everything but what ends the process."""
@@ -48,6 +56,7 @@ class _Channel:
         self.remote = remote
         self._pool = pool
         self._engine = _open_engine(host, pool, devices)
+        self._port: int = self._engine.get_rpc_port()
         self._connected = False
         self._writes: SimpleQueue[MooncakeWrite | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"mooncake {peer}", daemon=True)
@@ -61,26 +70,38 @@ class _Channel:
         self._writes.put(write)
 
     def close(self) -> None:
-        """Returns at once; the engine's end takes about a second, on the channel's thread."""
+        """Returns at once; the engine ends on the channel's thread, after its writes."""
         self._writes.put(None)
 
+    def interrupt(self) -> None:
+        """Closes it, and has the engine give up what it asks of the peer."""
+        self.close()
+        self._hang_up()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Of a closed one; then all its writes have ended."""
+        self._thread.join(max(seconds, 0.0))
+        return not self._thread.is_alive()
+
     def _run(self) -> None:
-        while True:
-            write = self._writes.get()
-            if write is None:
-                self._engine = None
-                return
+        while (write := self._writes.get()) is not None:
             done = self._copy(write)
-            if not done:
+            if not done and not self.broken:
+                self._hang_up()
                 self._end()
-            elif not self._connected:
+            elif done and not self._connected:
                 self._connected = True
                 drop_unsent_on_close()
             write.state = WriteState.DONE if done else WriteState.FAILED
+        self._end()
+
+    def _hang_up(self) -> None:
+        hang_up(self._port, addresses(*_split(self.remote.endpoint)))
 
     def _end(self) -> None:
         """The engine is gone when this returns, with all that it was writing."""
         drop_unsent_on_close()
+        hang_up(self._port)
         self._engine = None
 
     def _copy(self, write: MooncakeWrite) -> bool:
@@ -120,6 +141,7 @@ class MooncakeBackend:
 
     def connect(self, peer: str, descriptor: bytes) -> None:
         remote = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self._pool.page_bytes)
+        _split(remote.endpoint)
         self.disconnect(peer)
         self._channels[peer] = _Channel(self._host, self._pool, self._devices, remote, peer)
 
@@ -142,14 +164,30 @@ class MooncakeBackend:
         """Nothing to do: Mooncake's own threads sleep in the kernel until a peer writes."""
 
     def restart(self) -> None:
-        raise TransferStuck("Mooncake's engine can't be ended while it writes")
+        """The engine that peers write through stays, and with it our `descriptor`."""
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            channel.interrupt()
+        until = time.monotonic() + RESTART_SECONDS
+        for peer, channel in channels.items():
+            if not channel.ends_within(until - time.monotonic()):
+                raise TransferStuck(f"Mooncake's write to {peer} can't be ended")
 
     def close(self) -> None:
         for peer in list(self._channels):
             self.disconnect(peer)
         if self._engine is not None:
             self._engine.unregister_memory(self._pool.address)
+            hang_up(self._engine.get_rpc_port())
         self._engine = None
+
+
+def _split(endpoint: bytes) -> tuple[str, int]:
+    """Host and port. Raises `ProtocolError` for an endpoint that has none."""
+    host, _, port = endpoint.decode(errors="replace").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ProtocolError(f"no endpoint of Mooncake's: {endpoint!r}")
+    return host, int(port)
 
 
 def _open_engine(host: str, pool: PoolMemory, devices: Sequence[str]) -> Any:

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.config import Network
 from cluster.errors import TransferStuck
-from cluster.messages import Abort, Aborted, Fence, decode
+from cluster.messages import Abort, Aborted, Fence, Role, decode
 from kv_transfer.receiver import LeaseEnded
 from tests.process.conditions import NETWORK
 from tests.process.transfer_pair import (
@@ -47,14 +47,15 @@ NEVER_BY_THEMSELVES = {
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Pair]]:
-    """A connected pair that has handed over a page already."""
+    """A connected pair that has handed over a page already, if `warm`."""
     pairs: list[Pair] = []
 
-    def start_pair(transfer: str, **options: float) -> Pair:
+    def start_pair(transfer: str, *, warm: bool = True, **options: float) -> Pair:
         pair = Pair(transfer, NEVER_BY_THEMSELVES[transfer], layers=LAYERS, **options)
         pairs.append(pair)
         pair.connect()
-        hand_over(pair, fence("warm"), [1], [1])
+        if warm:
+            hand_over(pair, fence("warm"), [1], [1])
         pair.use_others()
         return pair
 
@@ -113,6 +114,21 @@ def test_a_write_that_never_ends_takes_nixls_agent_with_it_and_the_next_one_work
     assert end.error.code == "TransferFailed"
     resume(pair.receiver)
     pair.until(of(LeaseEnded, stuck))
+    reused_pages_stay_untouched(pair)
+    hand_over(pair, after, SOURCES, TARGETS)
+
+
+def test_a_peer_that_is_stopped_before_mooncake_has_met_it_costs_its_own_write_and_nothing_else(start):
+    """Mooncake asks it for its memory, and would wait for a minute."""
+    pair = start("mooncake", warm=False, write_timeout=1.5)
+    first, after = fence("first"), fence("after")
+    caught_in_the_middle(pair, first)
+    began = time.monotonic()
+    end = pair.until(ended(first), pair.step_sender)
+    assert (end.error.code, end.blame) == ("TransferFailed", Role.DECODE)
+    assert time.monotonic() - began < 10.0
+    resume(pair.receiver)
+    pair.until(of(LeaseEnded, first))
     reused_pages_stay_untouched(pair)
     hand_over(pair, after, SOURCES, TARGETS)
 
