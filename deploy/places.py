@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.config import Topology
+from cluster.config import LauncherName, Topology
+from cluster.errors import ConfigError
 from deploy.launchers.local import LocalProcesses
 from deploy.launchers.processes import ProcessRunner
 
@@ -24,8 +25,16 @@ class Place(NamedTuple):
 @contextmanager
 def open_place(topology: Topology) -> Iterator[Place]:
     """Raises `LaunchError` if it can't be reached, `ConfigError` if what it needs is not installed."""
-    yield Place(topology, local_processes)
+    if topology.launch is LauncherName.RAY:
+        try:
+            from deploy.launchers.ray_place import connected, make_runner  # a large package, which most do without
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"launch: ray: {error}; install it with `make setup-ray`, or pip install ray") from error
+        with connected(topology) as resolved:
+            yield Place(resolved, make_runner)
+    else:
+        yield Place(topology, _local_processes)
 
 
-def local_processes(directory: Path, topology_file: Path) -> LocalProcesses:
+def _local_processes(directory: Path, topology_file: Path) -> LocalProcesses:
     return LocalProcesses(directory, ("--topology", str(topology_file)))

@@ -26,8 +26,7 @@ class ClusterSecurity:
     def __init__(self, config: Security, clock: Clock | None = None) -> None:
         self._config = config
         self._clock = clock or MonotonicClock()
-        source = KeySource("security.secret_file", config.secret_file, config.secret_variable, SHORTEST_SECRET)
-        self._secret: KeyRing | None = open_ring(source, self._clock)
+        self._secret: KeyRing | None = open_ring(_secret_source(config), self._clock)
         self.server_tls: ssl.SSLContext | None = server_context(config.tls, "security.tls")
         """Of a worker's or bootstrap's port."""
         self._client_tls = client_context(config.tls, "security.tls")
@@ -55,6 +54,13 @@ class ClusterSecurity:
         )
 
 
+def read_secret(config: Security) -> str | None:
+    """The secret of the topology or of the environment, in all its lines, for a process that must be given it; None
+    where there is none. Raises `ConfigError` for one that can't be used."""
+    ring = open_ring(_secret_source(config), MonotonicClock())
+    return None if ring is None else b"\n".join(ring.keys()).decode()
+
+
 def open_api_keys(config: Router, security: Security, clock: Clock | None = None) -> KeyRing | None:
     """The keys that clients of the router may show; None where everybody may ask. Raises `ConfigError` for keys that
     can't be read, and where strangers would be served for want of keys."""
@@ -74,6 +80,10 @@ def router_session(config: Router, security: Security) -> aiohttp.ClientSession:
         headers={} if keys is None else {hdrs.AUTHORIZATION: f"Bearer {keys.keys()[0].decode()}"},
         timeout=aiohttp.ClientTimeout(total=None),
     )
+
+
+def _secret_source(config: Security) -> KeySource:
+    return KeySource("security.secret_file", config.secret_file, config.secret_variable, SHORTEST_SECRET)
 
 
 def _require_protection(host: str, setting: str, config: Security, means: str, variable: str) -> None:

@@ -32,16 +32,21 @@ class LocalProcesses:
     order of the stop is ours; what it prints goes to NAME.log in `directory`."""
 
     def __init__(
-        self, directory: Path, common: Sequence[str] = (), environment: Mapping[str, str] = _NO_VARIABLES
+        self,
+        directory: Path,
+        common: Sequence[str] = (),
+        environment: Mapping[str, str] = _NO_VARIABLES,
+        exits: asyncio.Queue[ProcessExit] | None = None,
     ) -> None:
-        """`common`: arguments of every process, before its own; `environment`: variables beside our own."""
+        """`common`: arguments of every process, before its own; `environment`: variables beside our own; `exits`: where
+        to tell of ends, for one who has further processes elsewhere."""
         self._directory = directory
         self._common = common
         # PYTHONSAFEPATH (Python 3.11): a folder named "router" where the user stands must not hide our module.
         self._environment = {**os.environ, "PYTHONSAFEPATH": "1", **environment}
         self._lives: dict[str, _Life] = {}
         self._stopping: set[str] = set()
-        self._exits: asyncio.Queue[ProcessExit] = asyncio.Queue()
+        self._exits: asyncio.Queue[ProcessExit] = exits or asyncio.Queue()
 
     async def start(self, process: ProcessSpec) -> None:
         try:
