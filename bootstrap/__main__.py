@@ -9,13 +9,15 @@ from bootstrap.server import BootstrapServer
 from cluster.access.security import ClusterSecurity
 from cluster.clock import MonotonicClock
 from cluster.config import Topology
-from cluster.http_server import HttpServer
+from cluster.http_server import HttpServer, PortLimits
 from cluster.logging import get_logger
 from cluster.server_process import run, run_until_stopped, topology_parser
 
 log = get_logger("bootstrap")
 
 SHUTDOWN_SECONDS = 1.0
+CONNECTIONS = 16384
+"""Each worker keeps one, a prefill worker another, for the roster; so does each router."""
 
 
 async def serve(topology: Topology) -> None:
@@ -26,7 +28,7 @@ async def serve(topology: Topology) -> None:
     bootstrap = BootstrapServer(config, MonotonicClock())
     application = bootstrap.application()
     security.guard(application, bootstrap.unauthorized)
-    server = HttpServer(application, SHUTDOWN_SECONDS, security.server_tls)
+    server = HttpServer(application, SHUTDOWN_SECONDS, security.server_tls, PortLimits(connections=CONNECTIONS))
     try:
         url = await server.start(config.host, config.port, "set bootstrap.port to a free one")
         log.info("listening", url=url)

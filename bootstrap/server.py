@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry
+from yarl import URL
 
 from bootstrap.roster_state import Announce, RosterState
 from cluster.clock import Clock
@@ -48,6 +49,7 @@ class BootstrapServer:
         for probe in ("/health", "/ready", "/live"):
             app.router.add_get(probe, self._health)
         app.router.add_get("/metrics", self._render_metrics)
+        app.router.add_get("/targets", self._targets)
         app.cleanup_ctx.append(self._ticking)
         return app
 
@@ -108,13 +110,31 @@ class BootstrapServer:
 
     async def _render_metrics(self, request: web.Request) -> web.Response:
         roster = self._state.roster(self._clock.now())
-        self._metrics.observe_members([status.member.role for status in roster.members])
+        self._metrics.observe(roster.members, len(self._watchers))
         return web.Response(body=render(self.registry), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _targets(self, request: web.Request) -> web.Response:
+        """The workers, in the words of Prometheus' HTTP service discovery: who is gone is scraped no more."""
+        members = [status.member for status in self._state.roster(self._clock.now()).members]
+        found = [(member, URL(member.url)) for member in members]
+        return web.json_response(
+            [
+                {
+                    "targets": [url.authority],
+                    "labels": {
+                        "__scheme__": url.scheme,
+                        "__meta_baton_worker": member.worker,
+                        "__meta_baton_role": member.role.value,
+                    },
+                }
+                for member, url in found
+            ]
+        )
 
     async def _ticking(self, app: web.Application) -> AsyncIterator[None]:
         async def tick() -> None:
             while True:
-                self._announce(self._state.tick(self._clock.now()))
+                self._announce(self._state.tick(self._clock.now()), silent=True)
                 await asyncio.sleep(self._config.heartbeat_seconds / 4)
 
         task = asyncio.create_task(tick())
@@ -122,7 +142,8 @@ class BootstrapServer:
         task.cancel()
         await asyncio.gather(task, *(link.close() for link in self._watchers), return_exceptions=True)
 
-    def _announce(self, announces: Iterable[Announce]) -> None:
+    def _announce(self, announces: Iterable[Announce], *, silent: bool = False) -> None:
+        """`silent`: nobody said so, time did."""
         for announce in announces:
             message = announce.message
             if isinstance(message, Joined):
@@ -130,7 +151,7 @@ class BootstrapServer:
                 self._metrics.joined()
             elif isinstance(message, Left):
                 log.warning("left", worker=message.worker, epoch=message.epoch, reason=message.reason)
-                self._metrics.left()
+                self._metrics.left(silent=silent)
             for link in self._watchers:
                 link.post(message)
 

@@ -191,7 +191,8 @@ class Security(Section, frozen=True):
     secret_variable: Text = "BATON_CLUSTER_SECRET"
     """The environment variable with the secret, where no file is named."""
     open_probes: bool = True
-    """/health, /ready, /live and /metrics of workers and bootstrap answer without proof of the secret."""
+    """/health, /ready, /live and /metrics of workers and bootstrap answer without proof of the secret, and so does
+    bootstrap's /targets: the addresses of the workers, for Prometheus."""
     allow_insecure: bool = False
     """Lets processes listen on addresses that others can reach, without secret or API keys: on a network of your own
     only."""

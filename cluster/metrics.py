@@ -1,22 +1,38 @@
 """Every metric of Baton: names, labels, buckets. One registry per process, served at its `/metrics`.
 
-Base units, Prometheus suffixes. `Labels` values are few by construction: a worker's name, a role, an error
-class, a route.
+Base units, Prometheus suffixes. The values of labels are few by construction: a worker's name, a role, an error class,
+a route. Where they are known before, their series begin at 0: an increase from nothing is none for Prometheus. What is
+told of single workers by others (router, bootstrap) ends when the worker is gone.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Collection, Iterable
+from itertools import product
+from typing import NamedTuple
 
-from cluster.messages import DecodeTimings, HandoffTimings, Load, PrefillTimings, Role
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from cluster.health_state import Cause, Part
+from cluster.messages import DecodeTimings, FinishReason, HandoffTimings, Load, MemberStatus, PrefillTimings, Role
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _STEP = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5)
 _TOKENS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_PLACEMENT = (0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _BYTES = tuple(float(2**n) for n in range(16, 35, 2))
+_EXPECTED_FAILURES = (
+    "WorkerLost",
+    "WorkerStalled",
+    "TransferFailed",
+    "PeerUnreachable",
+    "TransferStuck",
+    "QuarantineFull",
+)
+"""Of an attempt, by class: what an alert must not miss the first time."""
 _UNAUTHORIZED = "baton_unauthorized_requests_total"
 _UNAUTHORIZED_TEXT = "Requests refused for want of proof of the secret; no_proof: each exchange begins with one."
 
@@ -26,21 +42,52 @@ def render(registry: CollectorRegistry) -> bytes:
     return generate_latest(registry)
 
 
+def _registry() -> CollectorRegistry:
+    """Knows the process itself: CPU, memory, open files, when it began (Linux)."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def _begin(family: Counter, **values: Collection[str]) -> None:
+    """Lets the series of each combination of these labels begin at 0."""
+    names = list(values)
+    for combination in product(*values.values()):
+        family.labels(**dict(zip(names, combination, strict=True)))
+
+
 class BootstrapMetrics:
     """What bootstrap counts. Written from its event loop only."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
+        self.registry = registry = _registry()
         self._members = Gauge("baton_members", "Live members.", ["role"], registry=registry)
+        self._ages = Gauge(
+            "baton_member_heartbeat_age_seconds",
+            "Time since a live member's last heartbeat.",
+            ["worker", "role"],
+            registry=registry,
+        )
+        self._watchers = Gauge("baton_watchers", "Processes that follow the roster.", registry=registry)
         self._joins = Counter("baton_member_joins_total", "Worker instances that registered.", registry=registry)
         self._leaves = Counter(
-            "baton_member_leaves_total", "Instances that left or lost their lease.", registry=registry
+            "baton_member_leaves_total",
+            "Worker instances that are members no more: goodbye, or silence until the lease was over.",
+            ["reason"],
+            registry=registry,
         )
+        _begin(self._leaves, reason=("goodbye", "silence"))
         self._unauthorized = Counter(_UNAUTHORIZED, _UNAUTHORIZED_TEXT, ["reason"], registry=registry)
 
-    def observe_members(self, roles: list[Role]) -> None:
+    def observe(self, members: Collection[MemberStatus], watchers: int) -> None:
+        """Brings the gauges up to date. Who is no member has none."""
+        roles = [status.member.role for status in members]
         for role in Role:
             self._members.labels(role=role.value).set(roles.count(role))
+        self._ages.clear()
+        for status in members:
+            self._ages.labels(worker=status.member.worker, role=status.member.role.value).set(status.age_seconds)
+        self._watchers.set(watchers)
 
     def joined(self) -> None:
         self._joins.inc()
@@ -48,18 +95,34 @@ class BootstrapMetrics:
     def unauthorized(self, reason: str) -> None:
         self._unauthorized.labels(reason=reason).inc()
 
-    def left(self) -> None:
-        self._leaves.inc()
+    def left(self, *, silent: bool) -> None:
+        """`silent`: without a goodbye, its lease is over."""
+        self._leaves.labels(reason="silence" if silent else "goodbye").inc()
+
+
+class SeenWorker(NamedTuple):
+    """What a router says of one life of a worker."""
+
+    worker: str
+    role: Role
+    attempts: int
+    """Of this router, under way there."""
+    heartbeat_age_seconds: float | None
+    """None while there is no link."""
+    shut_out: bool
+    """Its breaker is open."""
 
 
 class RouterMetrics:
     """What the router counts. Written from its event loop only."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
+        self.registry = registry = _registry()
         self.requests = Counter(
             "baton_requests_total", "Requests by route and their one end.", ["route", "outcome"], registry=registry
         )
+        outcomes = ("finished", "cancelled", "rejected", "failed")
+        _begin(self.requests, route=("completions", "chat"), outcome=outcomes)
         self.errors = Counter("baton_request_errors_total", "Errors by class.", ["error"], registry=registry)
         self.in_flight = Gauge("baton_requests_in_flight", "Requests between arrival and end.", registry=registry)
         self.prompt_tokens = Histogram(
@@ -92,8 +155,32 @@ class RouterMetrics:
             ["worker", "role"],
             registry=registry,
         )
+        self._tripped: set[tuple[str, str]] = set()
+        self.failures = Counter(
+            "baton_attempt_failures_total",
+            "Attempts that failed, by error class and by the leg that is to blame (none: nobody in particular).",
+            ["error", "role"],
+            registry=registry,
+        )
+        _begin(self.failures, error=_EXPECTED_FAILURES, role=[role.value for role in Role])
+        self.placements = Counter(
+            "baton_placements_total",
+            "Attempts that were given workers: a pair, a decode worker alone, or a prefill worker alone.",
+            ["legs"],
+            registry=registry,
+        )
+        _begin(self.placements, legs=("pair", "decode", "prefill"))
+        self.placement = Histogram(
+            "baton_placement_seconds", "Choosing an attempt's workers.", buckets=_PLACEMENT, registry=registry
+        )
         self.refusals = Counter(
             "baton_admission_refusals_total", "Requests answered 429, by the bound.", ["reason"], registry=registry
+        )
+        _begin(self.refusals, reason=("choices", "queued_tokens", "wait", "displaced"))
+        self.oldest_waiting = Gauge(
+            "baton_oldest_waiting_request_seconds",
+            "How long the oldest request has waited whose first compute has not begun; 0: none waits.",
+            registry=registry,
         )
         self.queued_tokens = Gauge(
             "baton_queued_prompt_tokens", "Prompt tokens of this router's requests that wait.", registry=registry
@@ -103,13 +190,42 @@ class RouterMetrics:
         self.stale = Counter(
             "baton_stale_messages_total", "Messages refused for their fence.", ["kind"], registry=registry
         )
+        self._by_worker = {
+            name: Gauge(name, text, ["worker", "role"], registry=registry)
+            for name, text in (
+                ("baton_worker_attempts", "Attempts of this router that are under way at a worker."),
+                ("baton_worker_heartbeat_age_seconds", "Time since a linked worker's last heartbeat."),
+                ("baton_worker_shut_out", "1 while a worker's breaker is open: it gets work if there is no other."),
+            )
+        }
+
+    def observe_workers(self, workers: Iterable[SeenWorker]) -> None:
+        """Brings the gauges of single workers up to date. Who is not among them has no series any more."""
+        attempts, ages, shut_out = self._by_worker.values()
+        for gauge in self._by_worker.values():
+            gauge.clear()
+        present = set()
+        for seen in workers:
+            labels = {"worker": seen.worker, "role": seen.role.value}
+            present.add((seen.worker, seen.role.value))
+            attempts.labels(**labels).inc(seen.attempts)  # a former life may be ending what it has
+            shut_out.labels(**labels).set(seen.shut_out)
+            if seen.heartbeat_age_seconds is not None:
+                ages.labels(**labels).set(seen.heartbeat_age_seconds)
+        for worker, role in self._tripped - present:
+            self.breaker_trips.remove(worker, role)
+        self._tripped &= present
+
+    def breaker_tripped(self, worker: str, role: Role) -> None:
+        self._tripped.add((worker, role.value))
+        self.breaker_trips.labels(worker=worker, role=role.value).inc()
 
 
 class WorkerMetrics:
     """What a worker counts. Written from its control process's event loop only."""
 
     def __init__(self, worker: str, role: Role) -> None:
-        self.registry = registry = CollectorRegistry()
+        self.registry = registry = _registry()
         self._labels = {"worker": worker, "role": role.value}
         names = list(self._labels)
 
@@ -134,6 +250,7 @@ class WorkerMetrics:
         self._handoff_size = histogram("baton_handoff_size_bytes", "KV bytes of one handoff.", _BYTES)
         self._handoff_bytes = counter("baton_handoff_bytes_total", "KV bytes written to peers.")
         self._batch = histogram("baton_decode_batch_size", "Mean batch size of a request's steps.", _BATCH)
+        self._step = histogram("baton_decode_step_seconds", "Mean time of a request's steps.", _STEP)
         self._running = gauge("baton_running_requests", "Attempts in the step loop.")
         self._waiting = gauge("baton_waiting_requests", "Attempts that wait for compute or KV.")
         self._waiting_tokens = gauge(
@@ -141,13 +258,18 @@ class WorkerMetrics:
         )
         self._pages_used = gauge("baton_kv_pages_used", "KV pages that have an owner.", "owner")
         self._pages = gauge("baton_kv_pages", "KV pages of the pool.")
+        self._cached = gauge(
+            "baton_kv_pages_cached", "KV pages that only the prefix cache has: whoever needs pages gets them."
+        )
         self._committed = gauge(
             "baton_kv_committed_ratio",
             "Share of the pool that requests hold or that is kept for them; what only the prefix cache has is free.",
         )
         self._quarantined = gauge("baton_kv_pages_quarantined", "Granted pages waiting for their writer's word.")
         self._transfers = gauge("baton_transfers_in_flight", "Handoffs between OFFER and end.")
-        self._stale = counter("baton_worker_stale_messages_total", "Messages refused for their fence.", "kind")
+        self._stale = counter("baton_worker_stale_messages_total", "Messages refused for their fence.")
+        self._stale_told = 0
+        """By the engine process, since its start."""
         self._peers = gauge("baton_peers", "Connected peers of the other pool.")
         self._ready = gauge("baton_ready", "1 while the worker takes new work.")
         self._engine_restarts = counter(
@@ -163,6 +285,17 @@ class WorkerMetrics:
             "Links that were refused, or ended for a frame that broke the contract.",
             "link",
         )
+        outcomes = [*(reason.value for reason in FinishReason), "failed", "given_back"]
+        self._begin(self._attempts, outcome=outcomes)
+        self._begin(self._engine_restarts, cause=[cause.value for cause in Cause])
+        self._begin(self._stalls, part=[part.value for part in Part])
+        self._begin(self._refused, link=("router", "peer"))
+        for family in (self._tokens, self._prefilled, self._handoff_bytes, self._stale):
+            self._begin(family)
+
+    def _begin(self, family: Counter, **values: Collection[str]) -> None:
+        own = {name: [value] for name, value in self._labels.items()}
+        _begin(family, **own, **values)
 
     def observe_load(self, load: Load) -> None:
         self._steps.labels(**self._labels).set(load.steps)
@@ -172,9 +305,20 @@ class WorkerMetrics:
         self._pages.labels(**self._labels).set(load.pages_total)
         self._committed.labels(**self._labels).set(load.pages_used / max(1, load.pages_total))
         self._quarantined.labels(**self._labels).set(load.pages_quarantined)
+        self._cached.labels(**self._labels).set(load.pages_cached)
         self._transfers.labels(**self._labels).set(load.transfers)
+        fresh = load.stale_messages < self._stale_told  # another engine process, which counts from 0
+        self._stale.labels(**self._labels).inc(load.stale_messages - (0 if fresh else self._stale_told))
+        self._stale_told = load.stale_messages
         for owner, pages in load.owners.items():
             self._pages_used.labels(**self._labels, owner=owner).set(pages)
+
+    def engine_gone(self) -> None:
+        """There is no engine process: what was told of its work is over."""
+        self.observe_ready(ready=False)
+        self.observe_oldest_transfer(0.0)
+        self._pages_used.clear()
+        self.observe_load(Load())
 
     def observe_tokens(self, count: int) -> None:
         self._tokens.labels(**self._labels).inc(count)
@@ -194,12 +338,10 @@ class WorkerMetrics:
     def observe_decode(self, timings: DecodeTimings) -> None:
         if timings.steps:
             self._batch.labels(**self._labels).observe(timings.batch_sum / timings.steps)
+            self._step.labels(**self._labels).observe(timings.decode_seconds / timings.steps)
 
     def attempt_ended(self, outcome: str) -> None:
         self._attempts.labels(**self._labels, outcome=outcome).inc()
-
-    def stale(self, kind: str, count: int = 1) -> None:
-        self._stale.labels(**self._labels, kind=kind).inc(count)
 
     def peers(self, count: int) -> None:
         self._peers.labels(**self._labels).set(count)

@@ -262,7 +262,7 @@ class WorkerShell:
     async def _end(self, engine: EngineHost) -> None:
         """Routers and bootstrap learn of the end at once; peers when the process is dead for certain."""
         self._member, membership, self._membership = None, self._membership, None
-        self.metrics.observe_ready(ready=False)
+        self.metrics.engine_gone()
         self._profiles.engine_gone()
         leaving = [] if membership is None else [membership.leave("its engine process ended")]
         await asyncio.gather(self._routers.close(), *leaving)

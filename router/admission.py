@@ -35,7 +35,8 @@ class Ticket:
     waiting: int
     priority: int
     deadline: float
-    """On the router's clock."""
+    """On the router's clock, as `arrived`."""
+    arrived: float = 0.0
     begun: bool = False
 
 
@@ -143,6 +144,11 @@ class AdmissionQueue:
         if ticket.begun:
             self._ended_choices.add(ticket.choices)
         self._remove(ticket)
+
+    def oldest_wait(self, now: float) -> float:
+        """Seconds since the first arrival of those that have not begun; 0 if there are none."""
+        waiting = (ticket.arrived for tickets in self._by_priority.values() for ticket in tickets)
+        return max(0.0, now - min(waiting, default=now))
 
     def integrity_errors(self) -> list[str]:
         """What does not add up; empty when all is well."""

@@ -44,6 +44,7 @@ from router.fleet import Fleet
 from router.hints import Hints
 from router.policies import Need, Placement
 from router.records import ChoiceTrace, RecordStore
+from router.recovery import Interruption
 from router.request_state import (
     Action,
     AttemptOver,
@@ -222,6 +223,8 @@ class Dispatcher:
         self._clock = clock
         self._recovery = recovery
         self._breakers = Breakers(recovery)
+        for kind in Interruption:
+            metrics.resumptions.labels(reason=kind.value)
         self._choices: dict[Fence, _Choice] = {}
         self._waiting: set[_Choice] = set()
         """Between two attempts."""
@@ -235,6 +238,10 @@ class Dispatcher:
     def shut_out(self) -> list[str]:
         """Names of the workers that get work only if there is no other, for what requests have suffered there."""
         return sorted(worker for worker, _ in self._breakers.shut(self._clock.now()))
+
+    def observe(self) -> None:
+        """Brings the gauges of the fleet up to date."""
+        self._fleet.observe(self._breakers.shut(self._clock.now()))
 
     def begin(
         self,
@@ -360,6 +367,8 @@ class Dispatcher:
         trace.interrupted(action.kind.value, action.error, culprit, now)
         if action.error is None:
             return
+        blame = action.blame.value if action.blame else "none"
+        self._metrics.failures.labels(error=type(action.error).__name__, role=blame).inc()
         if culprit is not None and action.error.fault:
             role = Role.PREFILL if culprit == trace.prefill_worker else Role.DECODE
             self._tell_breaker(culprit, role, LegBlamed(action.fence))
@@ -417,7 +426,7 @@ class Dispatcher:
             return
         for action in self._breakers.handle((worker, role), event, self._clock.now()):
             if isinstance(action, Opened):
-                self._metrics.breaker_trips.labels(worker=worker, role=role.value).inc()
+                self._metrics.breaker_tripped(worker, role)
                 log.warning("worker shut out", worker=worker, role=role.value, seconds=action.seconds)
             else:
                 log.info("worker in use again", worker=worker, role=role.value)

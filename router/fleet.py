@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Protocol
 
@@ -22,7 +23,8 @@ from cluster.errors import (
 from cluster.links import Backoff, Link, LinkClosed, dial
 from cluster.logging import get_logger
 from cluster.messages import AnyMessage, Fence, Heartbeat, Member, Message, Refused, Role, RouterHello, WorkerHello
-from cluster.metrics import RouterMetrics
+from cluster.metrics import RouterMetrics, SeenWorker
+from router.breakers import Leg
 from router.fleet_view import FleetLimits, FleetView, WorkerStatus
 from router.hints import NO_HINTS, Hints, narrowed
 from router.policies import Need, Placement, Policy, Snapshot, compatible_groups
@@ -116,6 +118,9 @@ class Fleet:
         now = self._clock.now()
         placement = self._choose(self._view.snapshot(now), need, hints)
         self._served_at = now
+        self._metrics.placement.observe(self._clock.now() - now)
+        legs = "decode" if placement.prefill is None else "prefill" if placement.decode is None else "pair"
+        self._metrics.placements.labels(legs=legs).inc()
         return placement
 
     def _choose(self, snapshot: Snapshot, need: Need, hints: Hints) -> Placement:
@@ -157,8 +162,18 @@ class Fleet:
     def integrity_errors(self) -> list[str]:
         return self._view.integrity_errors()
 
-    def observe(self) -> None:
-        """Brings the gauges up to date."""
+    def observe(self, shut: Collection[Leg]) -> None:
+        """Brings the gauges up to date. `shut`: those whose breaker is open."""
+        self._metrics.observe_workers(
+            SeenWorker(
+                worker=status.worker,
+                role=status.role,
+                attempts=status.attempts,
+                heartbeat_age_seconds=status.heartbeat_age_seconds,
+                shut_out=(status.worker, status.role) in shut,
+            )
+            for status in self.statuses()
+        )
         snapshot = self._view.snapshot(self._clock.now())
         self._metrics.workers.labels(role=Role.PREFILL.value).set(len(snapshot.prefill))
         self._metrics.workers.labels(role=Role.DECODE.value).set(len(snapshot.decode))

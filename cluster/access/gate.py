@@ -19,8 +19,8 @@ from cluster.logging import get_logger
 
 log = get_logger(__name__)
 
-PROBES = frozenset({"/health", "/ready", "/live", "/metrics"})
-"""What load balancers, Kubernetes and Prometheus ask."""
+PROBES = frozenset({"/health", "/ready", "/live", "/metrics", "/targets"})
+"""What load balancers, Kubernetes and Prometheus ask; the last one of bootstrap."""
 
 _ANSWER = web.RequestKey("cluster_proof", str)
 

@@ -68,9 +68,10 @@ class Admission:
     @contextmanager
     def enter(self, demand: Demand, deadline: float) -> Iterator[Visit]:
         """For as long as the request lasts; `deadline` is on the router's clock. Raises `Overloaded`."""
-        ticket = Ticket(demand.choices, demand.tokens, demand.priority, deadline)
+        now = self._clock.now()
+        ticket = Ticket(demand.choices, demand.tokens, demand.priority, deadline, arrived=now)
         with self._counted():
-            self._displace(self._queue.enter(ticket, self._clock.now()))
+            self._displace(self._queue.enter(ticket, now))
         visit = self._visits[ticket] = Visit(self, ticket)
         try:
             yield visit
@@ -93,6 +94,7 @@ class Admission:
         """Brings the gauges up to date."""
         self._metrics.queued_tokens.set(self._queue.tokens)
         self._metrics.choices.set(self._queue.choices)
+        self._metrics.oldest_waiting.set(self._queue.oldest_wait(self._clock.now()))
 
     def _displace(self, tickets: Sequence[Ticket]) -> None:
         for ticket in tickets:

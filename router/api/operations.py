@@ -98,7 +98,7 @@ class OperationsApi:
         )
 
     async def metrics(self, request: web.Request) -> web.Response:
-        self._fleet.observe()
+        self._dispatcher.observe()
         self._admission.observe()
         return web.Response(body=render(self._metrics.registry), headers={"Content-Type": CONTENT_TYPE})
 

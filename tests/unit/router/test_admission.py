@@ -221,3 +221,15 @@ def test_whatever_happens_the_books_balance_and_the_bounds_hold(steps, policy):
     for who in known:
         inside.leave(who, now)
     assert (inside.choices, inside.tokens) == (0, 0)
+
+
+def test_the_oldest_wait_is_of_those_that_have_not_begun():
+    queue = AdmissionQueue(RouterLimits(), SchedulingPolicy.FIRST_COME)
+    first, second = (Ticket(1, 10, priority, 99.0, arrived=at) for priority, at in ((0, 1.0), (5, 3.0)))
+    assert queue.oldest_wait(9.0) == 0
+    queue.enter(first, 1.0)
+    queue.enter(second, 3.0)
+    queue.resize(first, 20, 4.0)
+    assert queue.oldest_wait(9.0) == 8.0, "it is as old as it was before its prompt was measured"
+    queue.begin(first, 20, 9.0)
+    assert queue.oldest_wait(9.0) == 6.0
