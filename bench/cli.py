@@ -6,6 +6,7 @@ import typer
 
 from bench.commands.chatting import chat_command
 from bench.commands.comparing import compare_command
+from bench.commands.control_plane import control_plane_command
 from bench.commands.engine import engine_command
 from bench.commands.goodput import goodput_command
 from bench.commands.handoff import handoff_command
@@ -20,6 +21,7 @@ from cluster.errors import BatonError
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("chat")(chat_command)
 app.command("compare")(compare_command)
+app.command("control-plane")(control_plane_command)
 app.command("engine")(engine_command)
 app.command("goodput")(goodput_command)
 app.command("handoff")(handoff_command)

@@ -1,0 +1,1 @@
+"""How bootstrap and a router bear many workers: real processes and sockets, workers that compute nothing."""
