@@ -36,6 +36,8 @@ class Decoder(Protocol):
 
     kernels: Kernels
     """Who computes: never `AUTO`."""
+    weight_bytes: int
+    """Memory that the weights take, as they are held."""
 
     def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
         """Stores the step's KV in the spans' pages; returns the float32 logits [len(step.sampled), vocabulary].

@@ -33,7 +33,12 @@ class Arena:
     def __init__(self, size: int) -> None:
         """For `size` bytes, the tensors' alignment included (`padded`)."""
         self._memory = zeros_in_huge_pages(size + HUGE_PAGE, torch.device("cpu"))
-        self._next = -self._memory.data_ptr() % HUGE_PAGE
+        self._begin = self._next = -self._memory.data_ptr() % HUGE_PAGE
+
+    @property
+    def used(self) -> int:
+        """Bytes of what was placed, its alignment included."""
+        return self._next - self._begin
 
     @classmethod
     def padded(cls, size: int) -> int:

@@ -22,6 +22,9 @@ TYPICAL_ROWS = 32
 class Linear(Protocol):
     """x [rows, inputs] -> x W^T + bias [rows, outputs]. Called on the step loop's thread."""
 
+    nbytes: int
+    """Memory that weight and bias take."""
+
     def __call__(self, inputs: Tensor) -> Tensor: ...
 
     def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
@@ -40,6 +43,7 @@ class PlainLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight
         self._bias = bias
+        self.nbytes = weight.nbytes + nbytes_of(bias)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return functional.linear(inputs, self._weight, self._bias)
@@ -54,6 +58,7 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), TYPICAL_ROWS)
         self._bias = bias
+        self.nbytes = torch.ops.mkldnn._nbytes(self._weight) + nbytes_of(bias)
         self._product = torch.ops.mkldnn._linear_pointwise.default
         self._product_and_sum = torch.ops.mkldnn._linear_pointwise.binary
 
@@ -64,3 +69,7 @@ class PackedLinear:
     def add_to(self, residual: Tensor, inputs: Tensor) -> Tensor:
         total: Tensor = self._product_and_sum(inputs, residual, self._weight, self._bias, "add")
         return total
+
+
+def nbytes_of(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.nbytes

@@ -19,6 +19,7 @@ from cluster.shards import even_range, key_value_heads, query_heads
 from engine.group import Group
 from engine.model_config import ModelConfig
 from engine.weights.base import Shape, Weights
+from engine.weights.quantized.matrix import QuantizedMatrix
 
 INNER_UNIT = 32
 """Inner values of an MLP are divided in such blocks: those of quantised checkpoints are of so many, or of multiples."""
@@ -84,6 +85,13 @@ class ShardedWeights:
         found = self._part(name)
         whole = self._weights.read(name)
         return whole if found is None else whole.narrow(found.axis, found.part.start, len(found.part)).clone()
+
+    def quantized(self, name: str) -> QuantizedMatrix | None:
+        matrix, found = self._weights.quantized(name), self._part(name)
+        if matrix is None or found is None:
+            return matrix
+        cut = matrix.rows if found.axis == 0 else matrix.columns
+        return cut(found.part.start, found.part.stop)
 
     def _shape(self, name: str, shape: Shape) -> Shape:
         found = self._part(name)

@@ -19,24 +19,20 @@ from cluster.config import Kernels
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.decoder import Integers, Step
 from engine.kv_cache import KVCache
-from engine.linear import Linear, make_linear
+from engine.linear import Linear, PlainLinear, make_linear, nbytes_of
 from engine.model_config import ModelConfig
+from engine.quantized_linear import make_quantized_linear
 from engine.rope import RotaryEmbedding, rotate
 from engine.shapes import ROWS, rounded, series
 from engine.shard import Shard
 from engine.weights.base import Weights
-from engine.weights.layers import read_layer
-
-_PRODUCTS = ("query_key_value", "output", "gate_up", "down")
+from engine.weights.layers import PROJECTIONS, LayerNorms, Read, read_bias, read_norms, read_projection, read_quantized
 
 
 class _Layer(NamedTuple):
-    attention_norm: Tensor
+    norms: LayerNorms
     query_key_value: Linear
-    query_key_norm: Tensor | None
-    """[heads + kv_heads, head_dim]"""
     output: Linear
-    mlp_norm: Tensor
     gate_up: Linear
     down: Linear
 
@@ -58,12 +54,12 @@ class TorchDecoder:
         self._embedding = read("model.embed_tokens.weight")
         self._layers = []
         for layer in range(config.layers):
-            parameters = read_layer(config, read, layer)
-            products = {name: make_linear(*getattr(parameters, name)) for name in _PRODUCTS}
-            self._layers.append(_Layer(**(parameters._asdict() | products)))
+            products = {name: self._product(weights, read, layer, name) for name in PROJECTIONS}
+            self._layers.append(_Layer(read_norms(config, read, layer), **products))
         self._norm = read("model.norm.weight")
         self._head = make_linear(self._embedding if config.tied_embeddings else read("lm_head.weight"))
         self._rope = RotaryEmbedding(config.rope, config.head_dim, self._device)
+        self.weight_bytes = self._count_bytes()
         self._attention = TorchPagedAttention(cache, config.heads, config.windows)
 
     def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
@@ -72,10 +68,10 @@ class TorchDecoder:
         hidden = self._embed(self._padded(step.tokens, rows))
         rope = self._rope.tables(self._padded(step.positions, rows), hidden.dtype)
         for index, layer in enumerate(self._layers):
-            query, key, value = self._query_key_value(layer, self._normed(hidden, layer.attention_norm), rope)
+            query, key, value = self._query_key_value(layer, self._normed(hidden, layer.norms.attention_norm), rope)
             attended = attention.attend(index, query, key, value)
             hidden = self._add(hidden, layer.output, attended.view(rows, -1))
-            gate, up = layer.gate_up(self._normed(hidden, layer.mlp_norm)).chunk(2, -1)
+            gate, up = layer.gate_up(self._normed(hidden, layer.norms.mlp_norm)).chunk(2, -1)
             hidden = self._add(hidden, layer.down, functional.silu(gate).mul_(up))
             between_layers()
         if len(step.sampled) == 0:
@@ -112,6 +108,22 @@ class TorchDecoder:
             return linear.add_to(hidden, inputs)
         return self._shard.add_up(linear(inputs)).add_(hidden)
 
+    def _product(self, weights: Weights, read: Read, layer: int, name: str) -> Linear:
+        """One of `PROJECTIONS`. Quantised weights stay so on a GPU; on a CPU dequantised ones are faster, and exact."""
+        config = self._config
+        if self._device.type == "cuda" and (matrix := read_quantized(weights, layer, name)) is not None:
+            bias = read_bias(config, read, layer, name)
+            return make_quantized_linear(matrix.to(self._device), bias, self._embedding.dtype)
+        return make_linear(*read_projection(config, read, layer, name))
+
+    def _count_bytes(self) -> int:
+        """Of all weights; a tied head may be the embedding itself, or packed into memory of its own."""
+        shared = self._config.tied_embeddings and isinstance(self._head, PlainLinear)
+        products = [product for layer in self._layers for product in layer[1:]]
+        norms = [norm for layer in self._layers for norm in layer.norms] + [self._norm, self._embedding]
+        total = sum(product.nbytes for product in products) + sum(map(nbytes_of, norms))
+        return total + (0 if shared else self._head.nbytes)
+
     def _padded(self, values: Integers, size: int) -> Tensor:
         """The values, then zeros: int64 [size]."""
         padded = np.zeros(size, dtype=np.int64)
@@ -123,9 +135,9 @@ class TorchDecoder:
         heads, kv_heads, head_dim = self._config.heads, self._config.kv_heads, self._config.head_dim
         fused = layer.query_key_value(inputs).view(len(inputs), heads + 2 * kv_heads, head_dim)
         query_key, value = torch.split(fused, [heads + kv_heads, kv_heads], 1)
-        if layer.query_key_norm is not None:
+        if layer.norms.query_key_norm is not None:
             query_key = functional.rms_norm(query_key, (head_dim,), None, self._config.norm_epsilon)
-            query_key = query_key * layer.query_key_norm
+            query_key = query_key * layer.norms.query_key_norm
         query, key = torch.split(rotate(query_key, *rope), [heads, kv_heads], 1)
         return query, key, value
 

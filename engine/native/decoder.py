@@ -81,6 +81,7 @@ class NativeDecoder:
             norm=self._keep(read("model.norm.weight")),
             packed=self._weights.place(packed(self._embedding if config.tied_embeddings else read("lm_head.weight"))),
         )
+        self.weight_bytes = self._embedding.nbytes + self._weights.used + sum(kept.nbytes for kept in self._kept)
         self._team = _make_team(library, threads)
         weakref.finalize(self, library.baton_team_destroy, self._team)
         self._spaces: list[_WorkSpace] = []
@@ -175,13 +176,13 @@ class NativeDecoder:
         gate_up_bias = weights.gate_up.bias
         window = self._config.windows[layer] if self._config.windows else None
         return LayerPointers(
-            attention_norm=keep(weights.attention_norm),
+            attention_norm=keep(weights.norms.attention_norm),
             query_key_value=place(packed(weights.query_key_value.weight)),
             query_key_value_bias=keep(weights.query_key_value.bias),
-            query_key_norm=keep(weights.query_key_norm),
+            query_key_norm=keep(weights.norms.query_key_norm),
             output=place(packed(weights.output.weight)),
             output_bias=keep(weights.output.bias),
-            mlp_norm=keep(weights.mlp_norm),
+            mlp_norm=keep(weights.norms.mlp_norm),
             gate_up=place(packed_pairs(weights.gate_up.weight)),
             gate_up_bias=keep(None if gate_up_bias is None else paired_bias(gate_up_bias)),
             down=place(packed(weights.down.weight)),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.errors import ModelError
 from engine.model_config import ModelConfig
+from engine.weights.quantized.matrix import QuantizedMatrix
 
 Shape = tuple[int, ...]
 
@@ -37,6 +38,9 @@ class Weights(Protocol):
         """One parameter, on CPU, in a float dtype: its own, or float32 if it is quantised. Raises `ModelError` for a
         damaged file."""
 
+    def quantized(self, name: str) -> QuantizedMatrix | None:
+        """A matrix as it is stored, if it is quantised; else None."""
+
 
 class Checkpoint(Weights, Protocol):
     """All of a model's parameters, as its files have them."""
@@ -46,6 +50,9 @@ class Checkpoint(Weights, Protocol):
 
     def stored_bytes(self) -> Mapping[str, int]:
         """Of each parameter on disk, with the scales that belong to it; empty if nothing is on disk."""
+
+    def kept_bytes(self) -> Mapping[str, int]:
+        """The same, of the parameters that stay as they are stored on a GPU."""
 
 
 class ModelFiles(NamedTuple):

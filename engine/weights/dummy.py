@@ -18,7 +18,7 @@ SCALE = 0.02
 class DummyWeights:
     """Implements `Checkpoint`. The same on every machine: each parameter's seed is a digest of its name."""
 
-    precision = "nothing, the weights are random"
+    precision = "no weights"
 
     def __init__(self, config: ModelConfig) -> None:
         self._shapes = parameter_shapes(config)
@@ -30,9 +30,15 @@ class DummyWeights:
     def stored_bytes(self) -> Mapping[str, int]:
         return {}
 
+    def kept_bytes(self) -> Mapping[str, int]:
+        return {}
+
     def read(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
             return torch.ones(shape)
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * SCALE
+
+    def quantized(self, name: str) -> None:
+        return None

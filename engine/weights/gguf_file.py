@@ -81,10 +81,16 @@ class GGUFWeights:
     def stored_bytes(self) -> Mapping[str, int]:
         return {name: int(tensor.n_bytes) for name, tensor in self._tensors.items()}
 
+    def kept_bytes(self) -> Mapping[str, int]:
+        return {}
+
     def read(self, name: str) -> Tensor:
         weight = torch.from_numpy(_dequantize(self._tensors[name]))
         heads = self._rotated_heads.get(name.split(".")[-2])
         return weight if heads is None else _unpermute(weight, heads)
+
+    def quantized(self, name: str) -> None:
+        return None
 
 
 def _unpermute(weight: Tensor, heads: int) -> Tensor:

@@ -65,6 +65,9 @@ class SafetensorsWeights:
         bits = {name: int(_DIGITS.findall(self.stored_dtype(name))[0]) for name in self._file_of}
         return {name: math.prod(shape) * bits[name] // 8 for name, shape in self.shapes().items()}
 
+    def kept_bytes(self) -> Mapping[str, int]:
+        return {}
+
     def read(self, name: str) -> Tensor:
         file = self._file_of[name]
         try:
@@ -72,6 +75,9 @@ class SafetensorsWeights:
         except SafetensorError as error:
             raise ModelError(f"{file}: {name} can't be read: {error}") from error
         return tensor
+
+    def quantized(self, name: str) -> None:
+        return None
 
 
 def _files(folder: Path) -> list[Path]:

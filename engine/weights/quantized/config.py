@@ -12,6 +12,9 @@ SUPPORTED = (
     "fp8, fbgemm_fp8, awq (gemm), gptq, and compressed-tensors (float-quantized, int-quantized, naive-quantized, "
     "pack-quantized)"
 )
+INT4_GROUPS = (32, 64, 128, 256)
+FLOAT8_BLOCK = 128
+"""Of what there are kernels for GPUs, see `engine.quantized_linear`."""
 GPTQ_BITS = (2, 4, 8)
 PACKED_BITS = (4, 8)
 GPTQ_VERSIONS = {"gptq": 1, "gptq_v2": 2}
@@ -23,6 +26,8 @@ class Quantization(NamedTuple):
     name: str
     """In words, for people."""
     scheme: Scheme
+    kept: bool
+    """Whether a GPU has kernels that compute with such matrices as they are; else they are dequantised there too."""
 
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
@@ -45,19 +50,20 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
 def _fp8(described: Mapping[str, Any]) -> Quantization | None:
     block = described.get("weight_block_size")
     if block is None:
-        return Quantization("fp8", ScaledCodes())
+        return Quantization("fp8", ScaledCodes(), kept=True)
     rows, columns = block
-    return Quantization(f"fp8, blocks of {rows} x {columns}", ScaledCodes("weight_scale_inv", (rows, columns)))
+    scheme = ScaledCodes("weight_scale_inv", (rows, columns))
+    return Quantization(f"fp8, blocks of {rows} x {columns}", scheme, kept=rows == columns == FLOAT8_BLOCK)
 
 
 def _fbgemm(described: Mapping[str, Any]) -> Quantization | None:
-    return Quantization("fp8, a scale for each output", ScaledCodes())
+    return Quantization("fp8, a scale for each output", ScaledCodes(), kept=True)
 
 
 def _awq(described: Mapping[str, Any]) -> Quantization | None:
     _require("awq", "bits", described.get("bits", described.get("w_bit")), (4,))
     _require("awq", "version", str(described.get("version", "gemm")).lower(), ("gemm",))
-    return Quantization("awq, 4 bits", AWQ())
+    return Quantization("awq, 4 bits", AWQ(), kept=described.get("group_size") in INT4_GROUPS)
 
 
 def _gptq(described: Mapping[str, Any]) -> Quantization | None:
@@ -67,7 +73,9 @@ def _gptq(described: Mapping[str, Any]) -> Quantization | None:
     _require("gptq", "checkpoint_format", layout, tuple(GPTQ_VERSIONS))
     _require("gptq", "is_marlin_format", bool(described.get("is_marlin_format")), (False,))
     _require("gptq", "dynamic", described.get("dynamic") or None, (None,))
-    return Quantization(f"gptq, {bits} bits", GPTQ(bits, described["group_size"], GPTQ_VERSIONS[layout]))
+    size = described["group_size"]
+    kept = bits == 4 and size in INT4_GROUPS and not described.get("desc_act")
+    return Quantization(f"gptq, {bits} bits", GPTQ(bits, size, GPTQ_VERSIONS[layout]), kept)
 
 
 def _compressed(described: Mapping[str, Any]) -> Quantization | None:
@@ -88,10 +96,12 @@ def _compressed(described: Mapping[str, Any]) -> Quantization | None:
     name = f"{method}, {kind} of {bits} bits by {strategy}"
     if layout == "pack-quantized":
         _require(method, "num_bits", bits, PACKED_BITS)
-        return Quantization(name, PackedIntegers(bits))
+        kept = (block or (0, 0))[1] in INT4_GROUPS if bits == 4 else block is None
+        return Quantization(name, PackedIntegers(bits), kept)
     _require(method, "num_bits", bits, (8,))
     _require(method, "strategy", strategy, ("tensor", "channel", "group", "block"))
-    return Quantization(name, ScaledCodes(block=block))
+    kept = block is None or (kind == "float" and block == (FLOAT8_BLOCK, FLOAT8_BLOCK))
+    return Quantization(name, ScaledCodes(block=block), kept)
 
 
 def _block(weights: Mapping[str, Any]) -> tuple[int, int] | None:

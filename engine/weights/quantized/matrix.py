@@ -54,11 +54,12 @@ class QuantizedMatrix(NamedTuple):
         """Neighbouring inputs that share a scale, if groups are all alike and in order; else None."""
         inputs, groups = len(self.groups), self.scales.shape[1]
         size = -(-inputs // groups)
-        return size if torch.equal(self.groups, grouped(inputs, size)) else None
+        return size if torch.equal(self.groups.cpu(), grouped(inputs, size)) else None
 
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+    def to(self, device: torch.device) -> QuantizedMatrix:
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        codes, scales, groups = (part.to(device) for part in (self.codes, self.scales, self.groups))
+        return QuantizedMatrix(codes, scales, zeros, self.block_rows, groups)
 
     def rows(self, start: int, stop: int) -> QuantizedMatrix:
         """Outputs [start, stop)."""

@@ -46,6 +46,7 @@ class QuantizedWeights:
         """`expected`: the parameters that the model has. Raises `ModelError` for codes without scales."""
         self._files = files
         self._scheme = scheme = quantization.scheme
+        self._kept = quantization.kept
         self.precision = quantization.name
         self.identity = files.identity
         stored = files.shapes()
@@ -72,6 +73,10 @@ class QuantizedWeights:
             if logical in sizes:
                 sizes[logical] += size
         return sizes
+
+    def kept_bytes(self) -> dict[str, int]:
+        kept = {f"{module}.weight" for module in self._modules} if self._kept else set()
+        return {name: size for name, size in self.stored_bytes().items() if name in kept}
 
     def read(self, name: str) -> Tensor:
         matrix = self.quantized(name)
