@@ -13,7 +13,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from cluster.config import Router, Security, Topology
+from cluster.config import Dtype, Router, Security, Topology
 from cluster.errors import BatonError, ConfigError
 from cluster.model_files import resolve_model
 from cluster.tasks import first_of
@@ -24,6 +24,10 @@ from deploy.explain import waterfall
 from deploy.foreground import run_cluster
 from deploy.kubernetes.cli import app as kubernetes
 from deploy.launchers.base import Cluster
+from deploy.memory import Wanted as MemoryWanted
+from deploy.memory import ask_engine, parse_size
+from deploy.memory import requests as memory_requests
+from deploy.memory import show as show_plan
 from deploy.operate import find_topology, open_cluster
 from deploy.pools import parse_sizes
 from deploy.session import Session
@@ -204,6 +208,35 @@ def validate(topology_path: TopologyPath, overrides: Overrides = []) -> None:  #
     except ConfigError as error:
         # No reason to fail: the cluster may run elsewhere.
         print(f"note: not on this machine: {error}", file=sys.stderr)
+
+
+@app.command()
+def plan_memory(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Default: the topology's.")] = None,
+    topology_path: Annotated[
+        Path | None, typer.Option("--topology", help="Plan a worker of each of its pools.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of one GPU: 80GiB. Default: on a CPU.")
+    ] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(min=1, help="Ranks that share the model.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of a request; default: the model's limit.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at a time; default: 1.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of weights and activations.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache; default: the same.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compute a model's need of memory, without loading it."""
+    topology = load_topology(topology_path, overrides) if topology_path else None
+    gpu_bytes = parse_size(gpu_memory) if gpu_memory else None
+    wanted = MemoryWanted(tensor_parallel, context, concurrency, dtype, kv_dtype, gpu_bytes)
+    plans = ask_engine(memory_requests(model, topology, wanted))
+    if as_json:
+        print(msgspec.json.encode(plans).decode())
+        return
+    for plan in plans:
+        show_plan(plan, _console())
 
 
 def _operate(

@@ -1,0 +1,232 @@
+"""`python -m engine.memory_plan`: what a model takes of memory, computed from its files' headers; nothing is loaded.
+
+Takes `cluster.memory_plan.MemoryRequest`s as a JSON list, prints `MemoryPlan`s. KV pools are exact, and so are weights
+on a CPU: they are counted as the decoders hold them (but for what oneDNN pads where sizes are odd). On a GPU they are
+counted as they will be held. Activations are those of the largest step, about; the runtime is an allowance.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import torch
+
+from cluster.config import Dtype, Kernels, WeightsFrom
+from cluster.errors import BatonError, ConfigError
+from cluster.layout import DTYPE_BYTES, KVLayout
+from cluster.memory_plan import Capacity, MemoryPlan, MemoryRequest, RankMemory
+from cluster.shards import even_range, key_value_heads, query_heads
+from engine.attention.torch_paged import BLOCK_SCORES
+from engine.device import resolve_dtype
+from engine.engine import TRIAL_PAGES
+from engine.huge_pages import Arena
+from engine.model_config import ModelConfig
+from engine.native.library import NativeUnavailable, load
+from engine.native.packing import LANES, packed_bytes
+from engine.shard import INNER_UNIT, VOCABULARY_UNIT
+from engine.weights import open_model
+from engine.weights.base import ModelFiles, parameter_shapes
+
+MIB = 1 << 20
+RUNTIME = {"cpu": 400 * MIB, "cuda": 1024 * MIB}
+"""Interpreter and torch; on a GPU, CUDA's context, the libraries' work space, captured graphs."""
+FLOAT_BYTES = 4
+SAMPLER_COPIES = 3
+"""Logits, their probabilities, and those in order."""
+NESTED_STEPS = 2
+"""A step may be computed between the layers of another, with buffers of its own."""
+
+Sizes = dict[str, int]
+"""Bytes by kind of tensor."""
+
+
+def open_headers(request: MemoryRequest) -> ModelFiles:
+    """The model that is asked for. A config.json alone will do: one plans before one downloads. Raises `ModelError`."""
+    path = Path(request.model_path)
+    absent = path.is_dir() and not any(path.glob("*.safetensors"))
+    return open_model(path, WeightsFrom.DUMMY if absent else request.weights)
+
+
+def plan_memory(request: MemoryRequest, files: ModelFiles) -> MemoryPlan:
+    """Of the model in `files`. Raises `ConfigError` for what can't be."""
+    config, checkpoint = files
+    context = request.context or config.context_length
+    if context > config.context_length:
+        raise ConfigError(f"a context of {context} tokens is more than the model's {config.context_length}")
+    if not 1 <= request.tensor_parallel <= config.heads:
+        raise ConfigError(f"{request.tensor_parallel} ranks can't share the model's {config.heads} query heads")
+    device = "cpu" if request.gpu_bytes is None else "cuda"
+    dtype = _dtype(request.dtype, device)
+    kv_dtype = request.kv_dtype or dtype.value
+    if kv_dtype not in DTYPE_BYTES:
+        raise ConfigError(f"KV of {kv_dtype} is not supported, only of {', '.join(DTYPE_BYTES)}")
+    item = DTYPE_BYTES[dtype.value]
+    kernels = _kernels(request.kernels, dtype, device)
+    layout = KVLayout(
+        checkpoint.identity, kv_dtype, request.page_size, config.layers, config.kv_heads, config.head_dim,
+        shards=request.tensor_parallel,
+    )  # fmt: skip
+    pool_pages = request.concurrency * layout.pages_for(context)
+    if request.pool_tokens is not None:
+        pool_pages = layout.pages_for(request.pool_tokens)
+    ranks = []
+    for rank in range(request.tensor_parallel):
+        part = _part(config, request.tensor_parallel, rank)
+        sizes = held(part, dtype, kernels, device)
+        page = layout.of_rank(rank).page_bytes
+        ranks.append(
+            RankMemory(
+                weights=_quantised(sizes, checkpoint.kept_bytes(), config, part, item) if device == "cuda" else sizes,
+                page=page,
+                pool=(pool_pages + TRIAL_PAGES) * page,
+                activations=_activations(request, part, config.vocab_size, item, context),
+                runtime=RUNTIME[device],
+            )
+        )
+    return MemoryPlan(
+        pool=request.pool,
+        family=config.family,
+        layers=config.layers,
+        parameters=sum(math.prod(shape) for shape in parameter_shapes(config).values()),
+        precision=checkpoint.precision,
+        stored=_by_kind(checkpoint.stored_bytes()),
+        dtype=dtype.value,
+        kv_dtype=kv_dtype,
+        kernels=kernels.value,
+        page_size=request.page_size,
+        context=context,
+        concurrency=request.concurrency,
+        pool_tokens=pool_pages * request.page_size,
+        token=sum(each.page for each in ranks) // request.page_size,
+        gpu_bytes=request.gpu_bytes,
+        ranks=ranks,
+        capacity=None
+        if request.gpu_bytes is None
+        else _capacity(request.gpu_bytes, ranks, request.page_size, layout.pages_for(context)),
+    )
+
+
+def held(config: ModelConfig, dtype: Dtype, kernels: Kernels, device: str) -> Sizes:
+    """Weights as the decoder of these kernels holds them, of a model or of a rank's part of one."""
+    item = DTYPE_BYTES[dtype.value]
+    hidden, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    query, key = config.heads * config.head_dim, config.kv_heads * config.head_dim
+
+    def matrix(outputs: int, inputs: int) -> int:
+        if kernels is Kernels.NATIVE:
+            return Arena.padded(packed_bytes(outputs, inputs, item))
+        return outputs * inputs * item
+
+    paired = -(-inner // LANES) * LANES if kernels is Kernels.NATIVE else inner
+    attention = matrix(query + 2 * key, hidden) + matrix(hidden, query)
+    attention += item * (config.qkv_bias * (query + 2 * key) + config.output_bias * hidden)
+    mlp = 2 * matrix(inner, hidden) + matrix(hidden, inner) + item * config.mlp_bias * (2 * paired + hidden)
+    norms = 2 * hidden + config.query_key_norm * (query + key)
+    # On a CPU each matrix is packed into memory of its own; elsewhere a tied head is the embedding.
+    shared = config.tied_embeddings and device != "cpu"
+    return {
+        "embedding": vocabulary * hidden * item,
+        "attention": config.layers * attention,
+        "mlp": config.layers * mlp,
+        "norms": item * (config.layers * norms + hidden),
+        "head": 0 if shared else matrix(vocabulary, hidden),
+    }
+
+
+def _quantised(plain: Sizes, kept: Mapping[str, int], config: ModelConfig, part: ModelConfig, item: int) -> Sizes:
+    """`plain`, with the layers' products as small as they are on disk where kernels take them so."""
+    sizes = Counter(plain)
+    whole, own = parameter_shapes(config), parameter_shapes(part)
+    for name, size in kept.items():
+        if kind_of(name) in ("attention", "mlp"):
+            sizes[kind_of(name)] += size * math.prod(own[name]) // math.prod(whole[name]) - item * math.prod(own[name])
+    return dict(sizes)
+
+
+def _part(config: ModelConfig, ranks: int, rank: int) -> ModelConfig:
+    """What a rank has, as a model for itself; as `engine.shard` divides it."""
+    return msgspec.structs.replace(
+        config,
+        heads=len(query_heads(config.heads, config.kv_heads, ranks, rank)),
+        kv_heads=len(key_value_heads(config.kv_heads, ranks, rank)),
+        intermediate_size=len(even_range(config.intermediate_size, ranks, rank, INNER_UNIT)),
+        vocab_size=len(even_range(config.vocab_size, ranks, rank, VOCABULARY_UNIT)),
+    )
+
+
+def _activations(request: MemoryRequest, part: ModelConfig, vocabulary: int, item: int, context: int) -> int:
+    """Of the largest step that the scheduler makes: all chunks' tokens, and one of each that decodes."""
+    rows = request.chunk_tokens + request.max_running
+    query, key = part.heads * part.head_dim, part.kv_heads * part.head_dim
+    # The residual stream and its norm, the fused projection, what was attended, gate and up and what they give.
+    widths = 2 * part.hidden_size + (query + 2 * key) + query + 3 * part.intermediate_size
+    attention = 2 * key * context + 2 * BLOCK_SCORES
+    sampling = request.max_running * vocabulary * FLOAT_BYTES * SAMPLER_COPIES
+    return NESTED_STEPS * rows * widths * item + attention * item + sampling
+
+
+def _capacity(gpu_bytes: int, ranks: list[RankMemory], page_size: int, pages_of_request: int) -> Capacity:
+    free = [gpu_bytes - (rank.total - rank.pool) for rank in ranks]
+    pages = min(max(0, left // rank.page - TRIAL_PAGES) for left, rank in zip(free, ranks, strict=True))
+    return Capacity(min(free), pages * page_size, pages // pages_of_request)
+
+
+def _by_kind(sizes: Mapping[str, int]) -> Sizes:
+    """Of parameters by name, those of one kind added up."""
+    kinds = Counter[str]()
+    for name, size in sizes.items():
+        kinds[kind_of(name)] += size
+    return dict(kinds)
+
+
+def kind_of(name: str) -> str:
+    """Of a parameter, by its Hugging Face name."""
+    if "embed_tokens" in name:
+        return "embedding"
+    if name.startswith("lm_head"):
+        return "head"
+    if "norm" in name:
+        return "norms"
+    return "attention" if ".self_attn." in name else "mlp"
+
+
+def _dtype(wanted: Dtype, device: str) -> Dtype:
+    if device == "cuda" and wanted is Dtype.AUTO:
+        return Dtype.BFLOAT16  # of all GPUs since Ampere
+    return resolve_dtype(wanted, torch.device(device))
+
+
+def _kernels(wanted: Kernels, dtype: Dtype, device: str) -> Kernels:
+    """As `engine.decoders` chooses."""
+    if wanted is Kernels.TORCH or device != "cpu" or dtype is Dtype.FLOAT16:
+        return Kernels.TORCH
+    try:
+        load()
+    except NativeUnavailable:
+        if wanted is Kernels.NATIVE:
+            raise
+        return Kernels.TORCH
+    return Kernels.NATIVE
+
+
+def main(requests: str) -> int:
+    """Prints the plans, or why there are none; returns the exit status."""
+    try:
+        plans = [
+            plan_memory(request, open_headers(request))
+            for request in msgspec.json.decode(requests, type=list[MemoryRequest])
+        ]
+    except BatonError as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    print(msgspec.json.encode(plans).decode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
