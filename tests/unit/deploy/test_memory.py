@@ -58,7 +58,7 @@ def test_requests_asked_for_decide_on_the_pool():
 
 def test_the_engine_says_what_is_wrong(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
-    with pytest.raises(ConfigError, match="^model_type 'mixtral' is not supported"):
+    with pytest.raises(ConfigError, match=r"^model_type 'mixtral' is not supported"):
         ask_engine(requests(str(tmp_path), None, NOTHING))
 
 
