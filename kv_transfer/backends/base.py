@@ -132,7 +132,7 @@ class TransferBackend(Protocol):
         """Drives what peers write to us; called regularly while any grant is open. Never blocks."""
 
     def restart(self) -> None:
-        """Ends all that the engine writes and starts it afresh over the same pool; takes up to two seconds. All writes
+        """Ends all that the engine writes and starts it afresh over the same pool; takes some seconds. All writes
         that were under way are FAILED when it returns, or were DONE just before, in full earnest: nothing of them will
         leave this process any more, nor this host's kernel. All peers are forgotten. For writers only: nobody may be
         writing to us, for our `descriptor` may change.

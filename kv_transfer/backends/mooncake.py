@@ -30,7 +30,7 @@ from kv_transfer.backends.sockets import addresses, drop_unsent_on_close, hang_u
 ENTRIES_PER_BATCH = 1024
 """Mooncake refuses batches of more than about 2,000 entries."""
 
-RESTART_SECONDS = 2.0
+RESTART_SECONDS = 3.0
 """For calls to come back whose connections have been ended."""
 
 _NO_LOG = 3
