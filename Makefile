@@ -14,7 +14,7 @@ STAMP := $(VENV)/.baton-setup
 LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-rdma test-kubernetes test-gpu bench bench-handoff bench-chat bench-profile \
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-rdma test-chart test-kubernetes test-gpu bench bench-handoff bench-chat bench-profile \
 	setup-bench peers bench-peers docs clean
 
 help:  ## list the targets
@@ -89,6 +89,9 @@ test-fault: setup  ## 200 faults under load, restarts and overload: does a clien
 test-rdma: setup  ## transfers over real RDMA verbs, in an emulated machine with such a card (QEMU; slow)
 	$(BIN)/python -m tests.rdma $(ARGS)
 
+test-chart: setup  ## the Helm chart by Helm itself, and what it makes by Kubernetes' own schemas (fetched once)
+	$(BIN)/python -m tests.chart $(ARGS)
+
 test-kubernetes: setup  ## the chart on a real Kubernetes, whose servers are built once (7 minutes), with pods as processes
 	$(BIN)/python -m tests.kubernetes $(ARGS)
 
@@ -134,8 +137,9 @@ $(BATON_PEERS)/.model: $(BATON_PEERS)/llama/.installed bench/peers/weights.py | 
 	$(BIN)/python -m bench.peers.weights $(BATON_PEERS)
 	@touch $@
 
-docs: setup  ## draw ARCHITECTURE.md's state tables from the code
+docs: setup  ## draw ARCHITECTURE.md's state tables, and the schema of the chart's values, from the code
 	$(BIN)/python -m tests.state_tables
+	$(BIN)/python -m deploy.kubernetes.values > deploy/kubernetes/chart/values.schema.json
 
 clean:  ## remove the virtual environment, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache

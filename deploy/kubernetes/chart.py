@@ -12,6 +12,7 @@ from cluster.errors import ConfigError
 from cluster.settings import build, read_yaml
 from deploy.kubernetes.templating.evaluate import Templates
 from deploy.kubernetes.templating.syntax import Template, TemplateError, parse
+from deploy.kubernetes.templating.yaml_text import read, read_all
 from deploy.kubernetes.values import Values
 
 CHART = Path(__file__).parent / "chart"
@@ -35,8 +36,10 @@ class Chart:
     know."""
 
     def __init__(self, folder: Path = CHART) -> None:
-        self._about: dict[str, Any] = yaml.safe_load((folder / "Chart.yaml").read_text(encoding="utf-8"))
-        self._defaults = (folder / "values.yaml").read_text(encoding="utf-8")
+        self._about: dict[str, Any] = read((folder / "Chart.yaml").read_text(encoding="utf-8"))
+        defaults = (folder / "values.yaml").read_text(encoding="utf-8")
+        self._defaults: dict[str, Any] = read(defaults)
+        self._settings = read_yaml(defaults, "values.yaml", Values)
         self._files: dict[str, Template] = {
             file.name: parse(file.read_text(encoding="utf-8"), file.name)
             for file in sorted((folder / "templates").iterdir())
@@ -49,9 +52,8 @@ class Chart:
 
         Raises `ConfigError` for values that are wrong, with their place, and for what the templates refuse.
         """
-        given = {**read_yaml(self._defaults, "values.yaml", Values), **read_yaml(values, origin, Values)}
-        build(Values, given, origin)
-        merged = merge(yaml.safe_load(self._defaults), yaml.safe_load(values) or {})
+        build(Values, {**self._settings, **read_yaml(values, origin, Values)}, origin)
+        merged = merge(self._defaults, read(values) or {})
         dot = {
             "Values": {**merged, "topology": topology},
             "Release": {"Name": release.name, "Namespace": release.namespace},
@@ -88,19 +90,13 @@ def _lookup(version: str, kind: str, namespace: str, name: str) -> Object:
 
 def _objects(file: str, text: str) -> list[Object]:
     try:
-        return [made for made in yaml.safe_load_all(text) if made]
+        return [made for made in read_all(text) if made]
     except yaml.YAMLError as error:
         raise TemplateError(f"{file}: what it makes of these values is not YAML: {error}") from error
 
 
 def _order(kind: str) -> int:
     return _BEFORE_PODS.index(kind) if kind in _BEFORE_PODS else len(_BEFORE_PODS)
-
-
-def as_yaml(objects: list[Object]) -> str:
-    """One document for each object."""
-    text: str = yaml.safe_dump_all(objects, sort_keys=False, explicit_start=True, width=120, allow_unicode=True)
-    return text
 
 
 def read_values(file: Path | None) -> tuple[str, str]:

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from cluster.topology import dump_topology, load_topology
-from deploy.kubernetes.chart import Chart, Release, as_yaml, read_values
+from deploy.kubernetes.chart import Chart, Release, read_values
+from deploy.kubernetes.templating.yaml_text import written_all
 
 app = typer.Typer(help="A topology on Kubernetes.", no_args_is_help=True)
 
@@ -42,4 +43,4 @@ def render(
     objects = Chart().render(text, values, origin, Release(name or config.release, namespace or config.namespace))
     if any(made["kind"] == "Secret" for made in objects):
         print("note: its Secrets are new each time: keep this output, or name your own in secrets", file=sys.stderr)
-    print(as_yaml(objects), end="")
+    print(written_all(objects), end="")

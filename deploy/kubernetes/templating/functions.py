@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from deploy.kubernetes.templating.syntax import TemplateError
+from deploy.kubernetes.templating.yaml_text import read, written
 
 
 def text_of(value: object) -> str:
@@ -26,11 +27,6 @@ def text_of(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
-
-
-def _to_yaml(value: object) -> str:
-    dumped: str = yaml.safe_dump(value, default_flow_style=False, width=math.inf, allow_unicode=True)
-    return dumped.removesuffix("...\n").rstrip("\n")
 
 
 def _to_json(value: object) -> str:
@@ -53,7 +49,7 @@ def _whole(value: Any) -> Any:
 def _from_yaml(text: str) -> dict[str, Any]:
     """As Helm's: a mapping, and what is wrong with the text is its key Error."""
     try:
-        value = yaml.safe_load(text)
+        value = read(text)
     except yaml.YAMLError as error:
         return {"Error": str(error)}
     if value is None:
@@ -114,8 +110,6 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "fromYaml": _from_yaml,
         "gt": lambda first, second: first > second,
         "hasKey": lambda mapping, key: key in mapping,
-        "hasPrefix": lambda prefix, text: text.startswith(prefix),
-        "indent": _indent,
         "index": lambda mapping, key: mapping.get(key),
         "int": lambda value: int(value or 0),
         "kindIs": _kind_is,
@@ -126,17 +120,15 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "nindent": lambda spaces, text: "\n" + _indent(spaces, text),
         "not": lambda value: not value,
         "omit": _omit,
-        "print": lambda *values: "".join(text_of(value) for value in values),
         "printf": _printf,
         "quote": lambda value: json.dumps(text_of(value), ensure_ascii=False),
         "randAlphaNum": lambda count: "".join(
             secrets.choice(string.ascii_letters + string.digits) for _ in range(count)
         ),
-        "replace": lambda old, new, text: text.replace(old, new),
         "required": _required,
         "sha256sum": lambda text: hashlib.sha256(text.encode()).hexdigest(),
         "ternary": lambda yes, no, condition: yes if condition else no,
-        "toYaml": _to_yaml,
+        "toYaml": written,
         "toJson": _to_json,
         "toString": text_of,
         "trimSuffix": lambda suffix, text: text.removesuffix(suffix),
