@@ -14,7 +14,7 @@ STAMP := $(VENV)/.baton-setup
 LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-rdma test-chart test-kubernetes test-gpu bench bench-handoff bench-chat bench-profile \
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-rdma test-ray test-chart test-kubernetes test-gpu bench bench-handoff bench-chat bench-profile \
 	setup-bench peers bench-peers docs clean
 
 help:  ## list the targets
@@ -88,6 +88,10 @@ test-fault: setup  ## 200 faults under load, restarts and overload: does a clien
 
 test-rdma: setup  ## transfers over real RDMA verbs, in an emulated machine with such a card (QEMU; slow)
 	$(BIN)/python -m tests.rdma $(ARGS)
+
+test-ray: setup  ## the same cluster on this machine and on two nodes of Ray, one of which is killed (needs `make setup-ray`; 10 minutes)
+	@$(BIN)/python -c 'import ray' 2>/dev/null || { echo "These tests need Ray: make setup-ray" >&2; exit 1; }
+	$(BIN)/pytest tests/ray -m ray $(ARGS)
 
 test-chart: setup  ## the Helm chart by Helm itself, and what it makes by Kubernetes' own schemas (fetched once)
 	$(BIN)/python -m tests.chart $(ARGS)

@@ -4,6 +4,7 @@ import signal
 import sys
 
 print("hello", flush=True)
-if len(sys.argv) > 1:
-    sys.exit(int(sys.argv[1]))
+codes = [word for word in sys.argv[1:] if word.isdecimal()]  # a place may add arguments of its own
+if codes:
+    sys.exit(int(codes[0]))
 signal.pause()

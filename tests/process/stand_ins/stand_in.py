@@ -2,7 +2,7 @@
 
 BATON_STAND_IN is JSON: {process: behaviour}, where behaviour is "crash" (at the start, with an error in the log),
 "crash later" (once SIGUSR1 arrives), "deaf" (ignores SIGTERM, and has a child that does), or anything else: well.
-Workers are known to bootstrap by a file each in the folder of the topology file.
+Workers are known to bootstrap by a file each, in the folder BATON_STAND_IN_FOLDER or else that of the topology file.
 """
 
 import argparse
@@ -46,8 +46,9 @@ class Process:
         parser = argparse.ArgumentParser()
         parser.add_argument("--topology", required=True)
         parser.add_argument("--index", type=int)
+        parser.add_argument("--host")
         arguments = parser.parse_args()
-        self.directory = Path(arguments.topology).parent
+        self.directory = Path(os.environ.get("BATON_STAND_IN_FOLDER") or Path(arguments.topology).parent)
         self.topology = load_topology(arguments.topology)
         self.name = module if arguments.index is None else f"{module.removesuffix('_worker')}-{arguments.index}"
         behaviour = json.loads(os.environ.get("BATON_STAND_IN", "{}")).get(self.name, "well")
@@ -63,7 +64,7 @@ class Process:
         if behaviour == "crash later":
             signal.signal(signal.SIGUSR1, lambda *_: os._exit(3))
 
-    def serve(self, port: int, answers: Answers) -> None:
+    def serve(self, host: str, port: int, answers: Answers) -> None:
         """Serves these requests until stopped."""
 
         class Handler(BaseHTTPRequestHandler):
@@ -82,7 +83,7 @@ class Process:
             def log_message(self, *_: object) -> None:
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        server = ThreadingHTTPServer((host, port), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self.wait()
 
@@ -119,7 +120,8 @@ def bootstrap() -> None:
     def workers() -> bytes:
         return b'{"workers": [' + b", ".join(members(process.directory)) + b"]}"
 
-    process.serve(process.topology.bootstrap.port, {"GET /workers": workers})
+    config = process.topology.bootstrap
+    process.serve(config.host, config.port, {"GET /workers": workers})
 
 
 def router() -> None:
@@ -133,8 +135,10 @@ def router() -> None:
         workers = [{"worker": member.worker, "epoch": member.epoch, "live": True} for member in known]
         return json.dumps({"workers": workers}).encode()
 
+    config = process.topology.router
     process.serve(
-        process.topology.router.port,
+        config.host,
+        config.port,
         {
             "GET /health": lambda: b"{}",
             "GET /status": fleet,
