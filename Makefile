@@ -15,7 +15,7 @@ LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-rdma test-ray test-chart test-kubernetes test-gpu bench bench-handoff bench-chat bench-profile \
-	setup-bench peers bench-peers docs clean
+	setup-bench peers bench-peers docs dashboards clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/\1|\2/' \
@@ -144,6 +144,9 @@ $(BATON_PEERS)/.model: $(BATON_PEERS)/llama/.installed bench/peers/weights.py | 
 docs: setup  ## draw ARCHITECTURE.md's state tables, and the schema of the chart's values, from the code
 	$(BIN)/python -m tests.state_tables
 	$(BIN)/python -m deploy.kubernetes.values > deploy/kubernetes/chart/values.schema.json
+
+dashboards: setup  ## make Grafana's dashboards (deploy/observability/dashboards) from the code
+	$(BIN)/python -m deploy.observability
 
 clean:  ## remove the virtual environment, caches and build outputs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis .import_linter_cache
