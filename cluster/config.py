@@ -23,7 +23,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Cores = list[list[NonNegative]]
 """For each replica, the cores it is pinned to; also its number of compute threads. When a pool has been scaled beyond
-them, its workers share them in turn."""
+them, its workers share them in turn. The ranks of a replica divide its cores."""
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -343,6 +343,9 @@ class Prefill(Section, frozen=True):
     """Tokens computed in one step, over all sequences of the batch."""
     max_running: Positive = 64
     """Sequences that hold pages here: being computed, or being handed over."""
+    tensor_parallel: Positive = 1
+    """Engine processes that each worker's model is spread over: its heads, MLPs and vocabulary, and with the heads the
+    KV of each token. At most as many as the model has query heads. The pools need not have the same."""
     cpus: Cores = []
     scheduling: PrefillScheduling = PrefillScheduling()
 
@@ -353,6 +356,8 @@ class Decode(Section, frozen=True):
     chunk_tokens: Positive = 512
     """Unified only: prompt tokens computed beside the decodes of one step."""
     max_running: Positive = 64
+    tensor_parallel: Positive = 1
+    """As in `prefill`."""
     cpus: Cores = []
     scheduling: DecodeScheduling = DecodeScheduling()
 

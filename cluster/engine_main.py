@@ -1,4 +1,5 @@
-"""Starting an engine process: arguments, logs, pinning, the channel; then its step loop; every end has a last word."""
+"""Starting an engine process: arguments, logs, pinning, the channel; then its step loop, or where it is a follower
+(`cluster.ranks`) what rank 0 says; every end has a last word."""
 
 from __future__ import annotations
 
@@ -6,19 +7,20 @@ import argparse
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.clock import MonotonicClock
 from cluster.config import Cores, Topology
 from cluster.engine_host import failure
-from cluster.engine_messages import EngineReady, ToPeer
+from cluster.engine_messages import EngineReady, RankReady, ToPeer
 from cluster.errors import BatonError
 from cluster.ipc import ControlGone, EngineChannel
 from cluster.logging import configure, get_logger
-from cluster.messages import Message, PeerMessage
+from cluster.messages import EngineRank, Message, PeerMessage
 from cluster.process import die_with_parent, forget_garbage, leave_interrupts_to_parent, pin
 from cluster.progress_board import ProgressBoard
+from cluster.ranks import ALONE, Rank, RankGone
 from cluster.step_loop import StepHandler, StepLoop
 from cluster.topology import load_topology
 
@@ -39,6 +41,7 @@ class EngineContext:
     channel: EngineChannel
     board: ProgressBoard
     clock: MonotonicClock
+    rank: Rank = ALONE
 
     def send(self, message: Message) -> None:
         """To the control process, now if the socket takes it."""
@@ -54,9 +57,11 @@ class EngineContext:
 
 
 Build = Callable[[EngineContext], tuple[StepHandler, EngineReady]]
+Follow = Callable[[EngineContext], tuple[Callable[[], None], EngineRank]]
+"""A follower's work, which ends by `RankGone` and nothing else, and what peers have to know of it."""
 
 
-def main(program: str, cores_of: Callable[[Topology], Cores], build: Build) -> int:
+def main(program: str, cores_of: Callable[[Topology], Cores], build: Build, follow: Follow) -> int:
     """Runs one engine process to its end and returns its exit status. Called by the process's `__main__` only."""
     epoch = time.time_ns()
     die_with_parent()
@@ -68,15 +73,16 @@ def main(program: str, cores_of: Callable[[Topology], Cores], build: Build) -> i
         topology = load_topology(arguments.topology, arguments.set)
         configure(arguments.name, topology.logging)
         cpus = cores_of(topology)
-        cores = pin(cpus[arguments.index % len(cpus)] if cpus else [])
+        rank = Rank.inherited(arguments.rank, arguments.ranks, arguments.links)
+        cores = _place(cpus[arguments.index % len(cpus)] if cpus else [], rank)
         context = EngineContext(
-            topology, arguments.name, arguments.host, epoch, cores, channel, board, MonotonicClock()
+            topology, arguments.name, arguments.host, epoch, cores, channel, board, MonotonicClock(), rank
         )
-        handler, ready = build(context)
-        forget_garbage()
-        channel.send(ready)
-        StepLoop(handler, channel, context.clock, board).run()
-    except ControlGone:
+        if rank.leads:
+            _lead(context, build)
+        else:
+            _follow(context, follow)
+    except (ControlGone, RankGone):
         return 0
     except Exception as error:
         if isinstance(error, BatonError):
@@ -90,10 +96,34 @@ def main(program: str, cores_of: Callable[[Topology], Cores], build: Build) -> i
     return 0
 
 
+def _lead(context: EngineContext, build: Build) -> None:
+    handler, ready = build(context)
+    forget_garbage()
+    context.channel.send(ready)
+    StepLoop(handler, context.channel, context.clock, context.board).run()
+
+
+def _follow(context: EngineContext, follow: Follow) -> None:
+    work, rank = follow(context)
+    forget_garbage()
+    context.send(RankReady(rank))
+    work()
+
+
+def _place(cores: Sequence[int], rank: Rank) -> list[int]:
+    """Pins this process to its rank's share of `cores`, if any; returns its cores."""
+    if not cores:
+        return rank.share_of(pin([]))
+    return pin(rank.share_of(cores))
+
+
 def _parse(program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {program}")
     parser.add_argument("--channel", type=int, required=True, help="file descriptor of the control process's socket")
     parser.add_argument("--board", type=int, required=True, help="file descriptor of the shared progress board")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--links", type=int, nargs="*", default=[], help="see cluster.ranks.Rank.inherited")
     parser.add_argument("--topology", required=True)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--index", type=int, required=True)

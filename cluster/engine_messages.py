@@ -20,6 +20,7 @@ from cluster.messages import (
     AttemptStarted,
     CancelAttempt,
     DecodeAttempt,
+    EngineRank,
     Load,
     Message,
     ModelCard,
@@ -42,6 +43,14 @@ class EngineReady(Message, frozen=True):
     descriptor: bytes
     process: ProcessIdentity
     speed: Speed
+    followers: list[EngineRank] = []
+    """The other ranks', filled in by the control process."""
+
+
+class RankReady(Message, frozen=True):
+    """First and only frame of a rank other than 0, which tells all else to rank 0 (`cluster.ranks`)."""
+
+    rank: EngineRank
 
 
 class EngineFailed(Message, frozen=True):
@@ -129,8 +138,8 @@ class Stop(Message, frozen=True):
 
 
 EngineMessage = Union[
-    EngineReady, EngineFailed, EngineLoad, FromRouter, ToRouter, RouterGone, FromPeer, ToPeer, PeerUp, PeerDown,
-    StartProfile, StopProfile, ProfileReply, ProfileEnded, Stop,
+    EngineReady, RankReady, EngineFailed, EngineLoad, FromRouter, ToRouter, RouterGone, FromPeer, ToPeer, PeerUp,
+    PeerDown, StartProfile, StopProfile, ProfileReply, ProfileEnded, Stop,
 ]  # fmt: skip
 
 _decoder = msgspec.msgpack.Decoder(EngineMessage)

@@ -64,6 +64,15 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
     start_ticks: int
 
 
+class EngineRank(msgspec.Struct, frozen=True):
+    """One engine process of a worker: rank 0, or one of its followers where the model is spread over several."""
+
+    descriptor: bytes
+    """What the other side's transfer backend needs to reach its registered pool."""
+    process: ProcessIdentity
+    """That writes, or is written to."""
+
+
 class ModelCard(msgspec.Struct, frozen=True):
     """What the router must know of the model that a worker serves."""
 
@@ -326,7 +335,14 @@ class PeerHello(Message, frozen=True):
     """The process that writes, or is written to."""
     to_epoch: int = 0
     """The life of the other side that it is meant for; 0: any."""
+    followers: list[EngineRank] = []
+    """The other ranks of a model that is spread over several; `descriptor` and `engine` are of rank 0."""
     version: int = SCHEMA_VERSION
+
+    @property
+    def ranks(self) -> list[EngineRank]:
+        """All, in order."""
+        return [EngineRank(self.descriptor, self.engine), *self.followers]
 
 
 class Refused(Message, frozen=True):

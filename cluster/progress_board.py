@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Sequence
 
 import msgspec
 
@@ -97,3 +98,25 @@ class ProgressBoard:
         self._moments.release()
         self._page.close()
         os.close(self.descriptor)
+
+
+class GroupBoard:
+    """What the boards of a worker's ranks show together. Rank 0's step loop stands for all: it waits for them in each
+    step. Each rank has transfers of its own; they get on when those of all ranks do."""
+
+    def __init__(self, boards: Sequence[ProgressBoard]) -> None:
+        self._boards = boards
+        self._seen = [0] * len(boards)
+        self._transfers = 0
+
+    def read(self) -> Progress:
+        ranks = [board.read() for board in self._boards]
+        if all(rank.transfers != seen for rank, seen in zip(ranks, self._seen, strict=True)):
+            self._seen = [rank.transfers for rank in ranks]
+            self._transfers += 1
+        begun = [rank.oldest_transfer for rank in ranks if rank.oldest_transfer is not None]
+        return msgspec.structs.replace(ranks[0], transfers=self._transfers, oldest_transfer=min(begun, default=None))
+
+    def close(self) -> None:
+        for board in self._boards:
+            board.close()

@@ -7,6 +7,7 @@ ends the rest (`cluster.engine_host`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -29,8 +30,12 @@ class Frames:
         self._socket = end
         self._received = bytearray()
 
+    def hang_up(self) -> None:
+        """Whoever sends or receives, at either end, finds the end of the stream. From any thread."""
+        with contextlib.suppress(OSError):  # the other end has done so already
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
-        """The other end finds the end of the stream."""
         self._socket.close()
 
     def send(self, frame: bytes) -> None:
@@ -72,10 +77,17 @@ class Rank:
 
     @classmethod
     def inherited(cls, number: int, size: int, descriptors: Sequence[int]) -> Rank:
-        """`descriptors`: the rendezvous' file; then of each connection its socket for steps and that for transfers."""
+        """`descriptors`: the rendezvous' file; then for each connection the sockets for steps and for transfers. None
+        if it is alone."""
+        if not descriptors:
+            return cls()
         meeting, *sockets = descriptors
         ends = [Frames(socket.socket(fileno=descriptor)) for descriptor in sockets]
         return cls(number, size, f"/proc/{os.getpid()}/fd/{meeting}", tuple(ends[::2]), tuple(ends[1::2]))
+
+    def share_of(self, cores: Sequence[int]) -> list[int]:
+        """This rank's of a worker's cores; where they are too few, ranks have the same one."""
+        return list(cores[self.number :: self.size]) or [cores[self.number % len(cores)]]
 
     @property
     def leads(self) -> bool:

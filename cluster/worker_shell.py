@@ -66,6 +66,8 @@ class EngineCommand(NamedTuple):
     module: str
     arguments: Sequence[str]
     environment: Mapping[str, str]
+    ranks: int = 1
+    """Processes that the model is spread over."""
 
 
 class Membership(Protocol):
@@ -252,6 +254,7 @@ class WorkerShell:
             transfer=member.transfer,
             descriptor=ready.descriptor,
             engine=ready.process,
+            followers=ready.followers,
         )
         self._routers.open(member)
         self.peers.open(hello)
@@ -380,7 +383,7 @@ class WorkerShell:
                 "worker": self.name,
                 "model_path": self.topology.model.path,
                 "served_model_name": self.topology.served_model,
-                "tp_size": 1,
+                "tp_size": section.tensor_parallel,
                 "dp_size": 1,
                 "disaggregation_mode": "null" if self.topology.unified else self.role.value,
                 "max_running_requests": section.max_running,

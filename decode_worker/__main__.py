@@ -22,7 +22,9 @@ def main() -> int:
     async def start(topology: Topology) -> int:
         host = arguments.host or topology.decode.host
         environment = engine_environment() | backend_environment(topology.kv.transfer)
-        command = EngineCommand("decode_worker.engine_process", [*engine, "--host", host], environment)
+        command = EngineCommand(
+            "decode_worker.engine_process", [*engine, "--host", host], environment, topology.decode.tensor_parallel
+        )
         return await serve(topology, name, host, arguments.port, command, listen=arguments.listen)
 
     return run(name, arguments.topology, arguments.set, start)

@@ -1,52 +1,45 @@
-"""`python -m decode_worker.engine_process`: owns a decode worker's device, KV pool and transfer agent."""
+"""`python -m decode_worker.engine_process`: a rank of a decode worker: its device, KV pool and transfer agent."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from cluster.engine_main import EngineContext, main
 from cluster.engine_messages import EngineReady
+from cluster.messages import EngineRank
 from cluster.process_identity import current
 from cluster.step_loop import StepHandler
 from decode_worker.decode_loop import DecodeLoop
 from decode_worker.quarantine_state import QuarantineWatch
 from engine.engine import Engine, EngineConfig
+from engine.followers import Follower
+from engine.loaded_model import load_model
 from engine.profiling import ProfiledSteps
-from kv_transfer.backends import open_backend
 from kv_transfer.backends.base import PoolMemory
-from kv_transfer.digests import PageDigests
+from kv_transfer.opening import follow_transfers, open_transfers
 from kv_transfer.receiver import HandoffReceiver
-from kv_transfer.thread import TransferThread
+from kv_transfer.remote import RemoteTransfers
 
 
 def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     """Loads the model, registers its pool, warms up. Raises `ConfigError` for what can't work."""
-    topology, section, epoch = context.topology, context.topology.decode, context.epoch
-    engine = Engine(EngineConfig.from_topology(topology, section, threads=len(context.cores)), context.board.advance)
+    topology, epoch = context.topology, context.epoch
+    engine = Engine(_config(context), context.board.advance, context.rank)
     speed = engine.warm_up()
     pool = PoolMemory(engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes)
-    backend = open_backend(topology.kv, f"{context.name}-{epoch}", pool, context.host)
-    check = topology.kv.verify_digests
-    digester = PageDigests(pool) if check else None
-    thread = TransferThread(
-        backend,
-        digester,
-        context.clock,
-        context.channel.wake,
-        pool.trial_page,
-        context.board.transfers_seen,
-        topology.kv.write_timeout_seconds,
-    )
+    thread = open_transfers(context, pool, context.channel.wake)
     receiver = HandoffReceiver(
         thread,
         engine.layout,
         context.send_to_peer,
         context.clock,
-        check,
+        topology.kv.verify_digests,
         epoch=epoch,
         lifetime=topology.router.request_timeout_seconds,
+        followers=[RemoteTransfers(follower, thread.deliver) for follower in context.rank.transfers],
     )
-    ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, backend.descriptor, current(), speed)
+    ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, thread.descriptor, current(), speed)
     quarantine = QuarantineWatch(
         engine.ledger.total,
         topology.kv.max_quarantine_share,
@@ -66,5 +59,16 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     return ProfiledSteps(loop, lambda: engine.steps, context.send, context.expect_silence), ready
 
 
+def follow(context: EngineContext) -> tuple[Callable[[], None], EngineRank]:
+    """Of a rank other than 0: its part of the model, of the pool and of the transfers."""
+    model = load_model(_config(context), context.rank)
+    pool = PoolMemory(model.cache.address, model.cache.pages, model.cache.page_bytes)
+    return follow_transfers(context, pool, Follower(model.decoder, context.rank.steps[0]).run)
+
+
+def _config(context: EngineContext) -> EngineConfig:
+    return EngineConfig.from_topology(context.topology, context.topology.decode, threads=len(context.cores))
+
+
 if __name__ == "__main__":
-    sys.exit(main("decode_worker.engine_process", lambda topology: topology.decode.cpus, build))
+    sys.exit(main("decode_worker.engine_process", lambda topology: topology.decode.cpus, build, follow))

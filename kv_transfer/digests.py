@@ -1,4 +1,4 @@
-"""Page digests: xxh3_64 over a page's bytes, read in place."""
+"""Page digests: xxh3_64 over the bytes of a page, or of its parts, read in place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ class PageDigests:
             )
         self._pool = pool
 
-    def of(self, pages: Sequence[int]) -> list[int]:
-        """One unsigned 64-bit number per page, in order. Raises `ValueError` for a page outside the pool."""
-        page_type = ctypes.c_uint8 * self._pool.page_bytes
-        return [xxhash.xxh3_64_intdigest(page_type.from_address(self._pool.page_address(page))) for page in pages]
+    def of(self, pages: Sequence[int], offset: int = 0, size: int | None = None) -> list[int]:
+        """One unsigned 64-bit number per page, in order, of so many bytes from `offset` on; None: to the page's end.
+        Raises `ValueError` for a page outside the pool."""
+        part = ctypes.c_uint8 * (self._pool.page_bytes - offset if size is None else size)
+        return [xxhash.xxh3_64_intdigest(part.from_address(self._pool.page_address(page) + offset)) for page in pages]
+
+
+def combined(digests: Sequence[int]) -> int:
+    """One digest of a page that has been sent in parts; of a single part its own."""
+    if len(digests) == 1:
+        return digests[0]
+    digest: int = xxhash.xxh3_64_intdigest(b"".join(part.to_bytes(8, "little") for part in digests))
+    return digest

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Union
 
+import msgspec
+
 from cluster.clock import Clock
 from cluster.config import KV
 from cluster.errors import AvailabilityError, BatonError, PeerUnreachable, ProtocolError, TransferFailed, TransferStuck
@@ -23,6 +25,7 @@ from cluster.logging import get_logger
 from cluster.messages import Fence
 from kv_transfer.backends.base import PoolDescriptor, TransferBackend, WriteHandle, WriteState
 from kv_transfer.plan import Batch
+from kv_transfer.shard_plan import PageSlice
 
 log = get_logger(__name__)
 
@@ -38,53 +41,54 @@ LONGEST_LOOK_AWAY = 1.0
 """Seconds between two turns that count as waiting for a write."""
 
 
-@dataclass(frozen=True)
-class Connect:
+class Connect(msgspec.Struct, frozen=True, tag=True):
+    """To its pool, of each page all, or the part that it gets from this rank."""
+
     peer: str
     descriptor: bytes
+    part: PageSlice | None = None
 
 
-@dataclass(frozen=True)
-class Disconnect:
+class Disconnect(msgspec.Struct, frozen=True, tag=True):
     """Takes effect when the peer's writes have ended."""
 
     peer: str
 
 
-@dataclass(frozen=True)
-class PostWrites:
+class PostWrites(msgspec.Struct, frozen=True, tag=True):
     fence: Fence
     peer: str
     batch: Batch
 
 
-@dataclass(frozen=True)
-class ExpectWrites:
+class ExpectWrites(msgspec.Struct, frozen=True, tag=True):
     """Lasts until `ComputeDigests` or `Settle` for the same fence."""
 
     fence: Fence
 
 
-@dataclass(frozen=True)
-class ComputeDigests:
+class ComputeDigests(msgspec.Struct, frozen=True, tag=True):
     """Ends the expectation; `pages` may be empty."""
 
     fence: Fence
     pages: tuple[int, ...]
+    parts: tuple[tuple[int, int], ...] | None = None
+    """(offset, size) of what has a digest of its own in each page; None: the page as a whole."""
+    rank: int = 0
+    """Who computes, for the answer."""
 
 
-@dataclass(frozen=True)
-class Settle:
+class Settle(msgspec.Struct, frozen=True, tag=True):
     """Ends the expectation; see `SETTLE_SECONDS`."""
 
     fence: Fence
 
 
-@dataclass(frozen=True)
-class WritesEnded:
+class WritesEnded(msgspec.Struct, frozen=True, tag=True):
     """A batch is terminal: our pages are not read any more. Times are of the driver's clock."""
 
     fence: Fence
+    peer: str
     batch: Batch
     error: BatonError | None
     digests: tuple[int, ...]
@@ -92,14 +96,14 @@ class WritesEnded:
     ended: float
 
 
-@dataclass(frozen=True)
-class DigestsComputed:
+class DigestsComputed(msgspec.Struct, frozen=True, tag=True):
     fence: Fence
     digests: tuple[int, ...]
+    """Page by page, and of each its parts."""
+    rank: int = 0
 
 
-@dataclass(frozen=True)
-class Settled:
+class Settled(msgspec.Struct, frozen=True, tag=True):
     fence: Fence
 
 
@@ -121,7 +125,8 @@ class TransferPort(Protocol):
 
 
 class Digester(Protocol):
-    def of(self, pages: Sequence[int]) -> list[int]: ...
+    def of(self, pages: Sequence[int], offset: int = 0, size: int | None = None) -> list[int]:
+        """One digest per page, of so many bytes from `offset` on; None: to the page's end."""
 
 
 @dataclass
@@ -130,6 +135,7 @@ class _Peer:
     many seconds we have watched its writes, and none of them ended."""
 
     descriptor: bytes
+    part: PageSlice | None = None
     connected: bool = False
     broken: bool = False
     leaving: bool = False
@@ -210,7 +216,7 @@ class TransferDriver:
             return self._post(command)
         if isinstance(command, ComputeDigests):
             self._expected.pop(command.fence, None)
-            return [DigestsComputed(command.fence, self._digests(command.pages))]
+            return [DigestsComputed(command.fence, self._digests_of_parts(command), command.rank)]
         if isinstance(command, Connect):
             self._connect(command)
         elif isinstance(command, Disconnect):
@@ -249,11 +255,11 @@ class TransferDriver:
             peer = self._reachable(command.peer)
             handle = self._backend.write(command.peer, batch.sources, batch.targets)
         except (AvailabilityError, ProtocolError) as error:
-            return [WritesEnded(command.fence, batch, error, (), started, self._clock.now())]
+            return [WritesEnded(command.fence, command.peer, batch, error, (), started, self._clock.now())]
         peer.begin_write()
         # An engine that moves the bytes inside of the call is done by now; one with a NIC moves them meanwhile.
         ended = None if handle.poll() is WriteState.PENDING else self._clock.now()
-        self._writes.append(_Write(command, handle, self._digests(batch.sources), started, ended))
+        self._writes.append(_Write(command, handle, self._digests(batch.sources, peer.part), started, ended))
         return []
 
     def _poll_writes(self, culprit: str | None = None) -> list[Result]:
@@ -274,7 +280,9 @@ class TransferDriver:
             elif failed:
                 error = PeerUnreachable(f"the write to {command.peer} failed")
             ended = self._clock.now() if write.ended is None else write.ended
-            results.append(WritesEnded(command.fence, command.batch, error, write.digests, write.started, ended))
+            results.append(
+                WritesEnded(command.fence, command.peer, command.batch, error, write.digests, write.started, ended)
+            )
         return results
 
     def _ended(self, name: str, *, failed: bool) -> None:
@@ -324,13 +332,13 @@ class TransferDriver:
         if peer.broken:
             raise PeerUnreachable(f"an earlier write to {name} failed and others are still ending")
         if not peer.connected:
-            self._backend.connect(name, peer.descriptor)
+            self._backend.connect(name, peer.descriptor, peer.part)
             peer.connected = True
         return peer
 
     def _connect(self, command: Connect) -> None:
         """Ahead of the first write, to spare it the time; if it fails, that write will try again and tell."""
-        peer = self._peers.setdefault(command.peer, _Peer(command.descriptor))
+        peer = self._peers.setdefault(command.peer, _Peer(command.descriptor, command.part))
         peer.leaving = False
         new = not peer.connected
         try:
@@ -368,8 +376,16 @@ class TransferDriver:
 
     # --- pages that others write -----------------------------------------------------------------------------------
 
-    def _digests(self, pages: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self._digester.of(pages)) if self._digester else ()
+    def _digests(self, pages: Sequence[int], part: PageSlice | None = None) -> tuple[int, ...]:
+        if self._digester is None:
+            return ()
+        return tuple(self._digester.of(pages) if part is None else self._digester.of(pages, part.ours, part.size))
+
+    def _digests_of_parts(self, command: ComputeDigests) -> tuple[int, ...]:
+        if self._digester is None or command.parts is None:
+            return self._digests(command.pages)
+        by_part = [self._digester.of(command.pages, offset, size) for offset, size in command.parts]
+        return tuple(digest for page in zip(*by_part, strict=True) for digest in page)
 
     def _settle(self) -> list[Result]:
         now = self._clock.now()

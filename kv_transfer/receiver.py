@@ -26,7 +26,8 @@ from cluster.messages import (
     Role,
 )
 from kv_transfer import receiver_state as state
-from kv_transfer.driver import ComputeDigests, DigestsComputed, ExpectWrites, Result, Settle, Settled, TransferPort
+from kv_transfer.driver import DigestsComputed, Result, Settled, TransferPort
+from kv_transfer.group import RankPort, TransferGroup
 from kv_transfer.peers import Peers
 from kv_transfer.receiver_state import ReceiverLease, ReceiverState
 from kv_transfer.repeats import LIFETIME_SECONDS
@@ -85,6 +86,8 @@ ReceiverEvent = Union[OfferArrived, KVArrived, HandoffFailed, LeaseEnded]
 class _Lease:
     machine: ReceiverLease
     prefill: str
+    writers: int
+    """Ranks of the prefill worker."""
 
     @property
     def writer(self) -> tuple[str, int]:
@@ -102,10 +105,11 @@ class _Lease:
 class HandoffReceiver:
     """Takes KV pages over. All methods are for the step loop; none of them blocks, but `linger`.
 
-    `send(worker, epoch, message)` relays a control message to a peer. `thread` is this receiver's own. `epoch` is our
-    own instance's. `is_dead` is proof of a process's death. A handoff that brings no KV for `lifetime` seconds, longer
-    than any request, fails. Granted pages belong to their writer until `poll` returns
-    `KVArrived` or `LeaseEnded` for their fence; exactly one of the two comes. `stale` counts refused messages by type.
+    `send(worker, epoch, message)` relays a control message to a peer. `thread` is this receiver's own, `followers`
+    are the other ranks' of our worker. `epoch` is our own instance's. `is_dead` is proof of a process's death. A
+    handoff that brings no KV for `lifetime` seconds, longer than any request, fails. Granted pages belong to their
+    writer until `poll` returns `KVArrived` or `LeaseEnded` for their fence; exactly one of the two comes. `stale`
+    counts refused messages by type.
     """
 
     def __init__(
@@ -119,8 +123,9 @@ class HandoffReceiver:
         epoch: int,
         lifetime: float = LIFETIME_SECONDS,
         is_dead: Callable[[ProcessIdentity], bool] = process_identity.is_dead,
+        followers: Sequence[RankPort] = (),
     ) -> None:
-        self._thread = thread
+        self._transfers = TransferGroup(thread, followers, layout)
         self._layout = layout
         self._send = send
         self._clock = clock
@@ -129,7 +134,8 @@ class HandoffReceiver:
         self._is_dead = is_dead
         self._peers = Peers(Role.DECODE, epoch)
         self._leases: dict[Fence, _Lease] = {}
-        self._processes: dict[tuple[str, int], ProcessIdentity] = {}
+        self._processes: dict[tuple[str, int], set[ProcessIdentity]] = {}
+        """Of each writer, all its ranks' that are not known to be dead."""
         self._answers: OrderedDict[Fence, Ack | Abort] = OrderedDict()
         self._events: list[ReceiverEvent] = []
         self._proof_at = 0.0
@@ -159,7 +165,7 @@ class HandoffReceiver:
     def peer_up(self, hello: PeerHello) -> None:
         """A prefill worker is connected, its hello checked. A new epoch proves nothing about the one before."""
         before = self._peers.up(hello)
-        self._processes[hello.worker, hello.epoch] = hello.engine
+        self._processes.setdefault((hello.worker, hello.epoch), {rank.process for rank in hello.ranks})
         if before is not None and before.epoch != hello.epoch:
             self._tell_all(before.worker, before.epoch, state.PeerDown())
         self._tell_all(hello.worker, hello.epoch, state.PeerUp())
@@ -238,7 +244,7 @@ class HandoffReceiver:
         """Picks up what the transfer thread has done, and answers the writers. What our worker is to hear of it waits
         for the next `poll`: so this may come at any moment, in the middle of a step too, and so may `receive` and the
         news of peers. Raises whatever ended that thread."""
-        for result in self._thread.results():
+        for result in self._transfers.results():
             self._finish(result)
 
     def linger(self, seconds: float) -> None:
@@ -247,7 +253,7 @@ class HandoffReceiver:
         until = self._clock.now() + seconds
         while any(lease.machine.state is ReceiverState.VERIFYING for lease in self._leases.values()):
             left = until - self._clock.now()
-            if left <= 0 or not self._thread.wait(left):
+            if left <= 0 or not self._transfers.wait(left):
                 return
             self.advance()
 
@@ -264,7 +270,7 @@ class HandoffReceiver:
             machine = ReceiverLease(
                 message.fence, message.tokens, self._layout.page_size, self._with_digests, expires_at
             )
-            self._leases[message.fence] = _Lease(machine, worker)
+            self._leases[message.fence] = _Lease(machine, worker, len(self._peers.hello(worker).ranks))
             self._events.append(OfferArrived(message.fence, message.tokens))
         else:
             self._peers.refuse(message)
@@ -307,16 +313,21 @@ class HandoffReceiver:
         ask_around = now >= self._witness_at
         if ask_around:
             self._witness_at = now + WITNESS_SECONDS
-        for writer, process in list(self._processes.items()):
+        for writer, processes in list(self._processes.items()):
             leases = self._of(*writer)
             if any(lease.machine.state is ReceiverState.QUARANTINED for lease in leases):
-                if self._is_dead(process):
+                processes -= {process for process in processes if self._is_dead(process)}
+                if not processes:
                     self.writer_fenced(*writer)
                 elif ask_around:
-                    for witness in self._peers.witnesses(process):
-                        self._send(witness.worker, witness.epoch, DeathAsked(process))
+                    self._ask_witnesses(processes)
             elif not leases and not self._peers.connected(*writer):
                 del self._processes[writer]
+
+    def _ask_witnesses(self, processes: Iterable[ProcessIdentity]) -> None:
+        for process in processes:
+            for witness in self._peers.witnesses(process):
+                self._send(witness.worker, witness.epoch, DeathAsked(process))
 
     def _hear_witness(self, worker: str, epoch: int, message: DeathWitnessed) -> None:
         """Only who is connected and sees that process can know."""
@@ -324,8 +335,11 @@ class HandoffReceiver:
         if not seen:
             self._peers.refuse(message)
             return
-        for writer in [writer for writer, process in self._processes.items() if process == message.process]:
-            self.writer_fenced(*writer)
+        for writer, processes in list(self._processes.items()):
+            if message.process in processes:
+                processes.remove(message.process)
+                if not processes:
+                    self.writer_fenced(*writer)
 
     def _handle(self, lease: _Lease, event: LeaseEvent) -> None:
         machine = lease.machine
@@ -333,11 +347,11 @@ class HandoffReceiver:
             if isinstance(action, state.Send):
                 self._relay(*lease.writer, action.message)
             elif isinstance(action, state.Expect):
-                self._thread.post(ExpectWrites(machine.fence))
+                self._transfers.expect(machine.fence)
             elif isinstance(action, state.Verify):
-                self._thread.post(ComputeDigests(machine.fence, action.pages))
+                self._transfers.verify(machine.fence, action.pages, lease.writers)
             elif isinstance(action, state.DrainWrites):
-                self._thread.post(Settle(machine.fence))
+                self._transfers.settle(machine.fence)
             else:
                 self._events.append(_as_event(machine.fence, action))
         if lease.ended and machine.answer is not None:

@@ -11,7 +11,8 @@ from cluster.errors import ErrorInfo, IllegalTransition, StaleFence
 from cluster.layout import KVLayout
 from cluster.messages import Abort, Aborted, Ack, Fence, Grant, HandoffMessage, HandoffTimings, PeerHello, Role
 from kv_transfer import sender_state as state
-from kv_transfer.driver import Connect, Disconnect, PostWrites, TransferPort, WritesEnded
+from kv_transfer.driver import TransferPort, WritesEnded
+from kv_transfer.group import RankPort, TransferGroup
 from kv_transfer.peers import Peers, instance
 from kv_transfer.plan import WritePlan
 from kv_transfer.repeats import LIFETIME_SECONDS
@@ -56,11 +57,11 @@ class _Handoff:
 class HandoffSender:
     """Hands KV pages over. All methods are for the step loop; none of them blocks, but `linger`.
 
-    `send(worker, epoch, message)` relays a control message to a peer. `thread` is this sender's own. `epoch` is our
-    own instance's. Per handoff: `offer`, then `computed` after each chunk and `finish` after the last one, or `cancel`
-    at any time; until `poll` returns its `HandoffEnded`, the pages given to `computed` must neither change nor be
-    reused. One that is not over after `lifetime` seconds, longer than any request, fails. `stale` counts refused
-    messages by type.
+    `send(worker, epoch, message)` relays a control message to a peer. `thread` is this sender's own, `followers`
+    are the other ranks' of our worker. `epoch` is our own instance's. Per handoff: `offer`, then `computed` after
+    each chunk and `finish` after the last one, or `cancel` at any time; until `poll` returns its `HandoffEnded`,
+    the pages given to `computed` must neither change nor be reused. One that is not over after `lifetime` seconds,
+    longer than any request, fails. `stale` counts refused messages by type.
     """
 
     def __init__(
@@ -74,8 +75,9 @@ class HandoffSender:
         epoch: int,
         connect_timeout: float = CONNECT_SECONDS,
         lifetime: float = LIFETIME_SECONDS,
+        followers: Sequence[RankPort] = (),
     ) -> None:
-        self._thread = thread
+        self._transfers = TransferGroup(thread, followers, layout)
         self._layout = layout
         self._send = send
         self._clock = clock
@@ -106,8 +108,9 @@ class HandoffSender:
         """A decode worker is connected, its hello checked. Repeats for the same instance are fine."""
         before = self._peers.up(hello)
         if before is not None and before.epoch != hello.epoch:
-            self._thread.post(Disconnect(instance(before.worker, before.epoch)))
-        self._thread.post(Connect(instance(hello.worker, hello.epoch), hello.descriptor))
+            self._transfers.disconnect(instance(before.worker, before.epoch))
+        descriptors = [rank.descriptor for rank in hello.ranks]
+        self._transfers.connect(instance(hello.worker, hello.epoch), descriptors)
         for handoff in self._to(hello.worker):
             self._tell(handoff, self._news(handoff, hello.epoch))
 
@@ -115,7 +118,7 @@ class HandoffSender:
         """Its connection broke. Ignored for an instance that was replaced already."""
         if not self._peers.down(worker, epoch):
             return
-        self._thread.post(Disconnect(instance(worker, epoch)))
+        self._transfers.disconnect(instance(worker, epoch))
         for handoff in self._to(worker):
             self._tell(handoff, state.PeerDown())
 
@@ -187,7 +190,7 @@ class HandoffSender:
     def advance(self, now: float) -> None:
         """Picks up what the transfer thread has done, and goes on. What ends by it stays known until the next `poll`:
         so this may come at any moment, in the middle of a step too. Raises whatever ended that thread."""
-        for result in self._thread.results():
+        for result in self._transfers.results():
             assert isinstance(result, WritesEnded)
             ended = state.BatchEnded(result.batch, result.error, result.digests, result.started, result.ended)
             self._handle(self._handoffs[result.fence], ended)
@@ -203,7 +206,7 @@ class HandoffSender:
         until = self._clock.now() + seconds
         while any(handoff.machine.at_its_last_write for handoff in self._handoffs.values()):
             left = until - self._clock.now()
-            if left <= 0 or not self._thread.wait(left):
+            if left <= 0 or not self._transfers.wait(left):
                 return
             self.advance(self._clock.now())
 
@@ -235,7 +238,7 @@ class HandoffSender:
             if isinstance(action, state.Send):
                 self._relay(handoff.decode, fence.decode_epoch, action.message)
             elif isinstance(action, state.Post):
-                self._thread.post(PostWrites(fence, handoff.peer, action.batch))
+                self._transfers.write(fence, handoff.peer, action.batch)
             else:
                 self._ended.append(HandoffEnded(fence, action.error, action.blame, action.timings))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
 from cluster.clock import Clock
@@ -55,6 +55,17 @@ class TransferThread:
     def post(self, command: Command) -> None:
         self._commands.put(command)
 
+    def deliver(self, results: Sequence[Result]) -> None:
+        """Results of another rank's thread, to be picked up with ours. From any thread."""
+        self._results.extend(results)
+        self._arrived.set()
+        self._wake()
+
+    @property
+    def death(self) -> BaseException | None:
+        """The error that ended the thread, if one did."""
+        return self._death
+
     def results(self) -> list[Result]:
         """What has ended since the last call. Raises the error that ended the thread, if one did."""
         self._arrived.clear()
@@ -103,6 +114,4 @@ class TransferThread:
             self._on_look(self._driver.oldest)
             if results:
                 nap = SHORTEST_NAP
-                self._results.extend(results)
-                self._arrived.set()
-                self._wake()
+                self.deliver(results)

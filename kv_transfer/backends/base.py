@@ -116,17 +116,17 @@ class TransferBackend(Protocol):
     """Opaque to everyone else: goes to peers in `PeerHello`, and into their `connect`."""
 
     def connect(self, peer: str, descriptor: bytes, part: PageSlice | None = None) -> None:
-        """Makes `peer`'s pool writable under that name, of each page all, or this part. Replaces an earlier peer of that name, whose writes must have
-        ended. May block for as long as a TCP connect. Raises `PeerUnreachable`, or `ProtocolError` for a descriptor
-        that does not fit ours."""
+        """Makes `peer`'s pool writable under that name, of each page all, or this part. Replaces an earlier peer of
+        that name, whose writes must have ended. May block for as long as a TCP connect. Raises `PeerUnreachable`, or
+        `ProtocolError` for a descriptor that does not fit ours."""
 
     def disconnect(self, peer: str) -> None:
         """Forgets `peer`; unknown names are fine. Its writes must have ended."""
 
     def write(self, peer: str, sources: Sequence[int], targets: Sequence[int]) -> WriteHandle:
-        """Posts the copy of our page sources[i] to the peer's page targets[i], or of their parts, for all i. Our pages must not change
-        until the handle is terminal. Raises `PeerUnreachable` for a peer that is not connected or known to be dead,
-        `ProtocolError` for a target outside its pool, `ValueError` for a source outside ours."""
+        """Posts the copy of our page sources[i] to the peer's page targets[i], or of their parts, for all i. Our pages
+        must not change until the handle is terminal. Raises `PeerUnreachable` for a peer that is not connected or known
+        to be dead, `ProtocolError` for a target outside its pool, `ValueError` for a source outside ours."""
 
     def progress(self) -> None:
         """Drives what peers write to us; called regularly while any grant is open. Never blocks."""

@@ -26,6 +26,7 @@ from cluster.errors import ConfigError, PeerUnreachable, ProtocolError, Transfer
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
 from kv_transfer.backends.environment import apply_defaults
 from kv_transfer.backends.sockets import addresses, drop_unsent_on_close, hang_up
+from kv_transfer.shard_plan import PageSlice
 
 ENTRIES_PER_BATCH = 1024
 """Mooncake refuses batches of more than about 2,000 entries."""
@@ -43,6 +44,8 @@ class MooncakeWrite:
 
     sources: list[int]
     targets: list[int]
+    size: int
+    """Bytes at each of them."""
     state: WriteState = WriteState.PENDING
 
     def poll(self) -> WriteState:
@@ -52,9 +55,17 @@ class MooncakeWrite:
 class _Channel:
     """Our way to one peer: an engine, and the thread that waits for its writes, in order."""
 
-    def __init__(self, host: str, pool: PoolMemory, devices: Sequence[str], remote: PoolDescriptor, peer: str) -> None:
+    def __init__(
+        self,
+        host: str,
+        pool: PoolMemory,
+        devices: Sequence[str],
+        remote: PoolDescriptor,
+        peer: str,
+        part: PageSlice,
+    ) -> None:
         self.remote = remote
-        self._pool = pool
+        self.part = part
         self._engine = _open_engine(host, pool, devices)
         self._port: int = self._engine.get_rpc_port()
         self._connected = False
@@ -110,7 +121,7 @@ class _Channel:
         for start in range(0, len(write.sources), ENTRIES_PER_BATCH):
             sources = write.sources[start : start + ENTRIES_PER_BATCH]
             targets = write.targets[start : start + ENTRIES_PER_BATCH]
-            sizes = [self._pool.page_bytes] * len(sources)
+            sizes = [write.size] * len(sources)
             if self._engine is None or self._engine.batch_transfer_sync_write(session, sources, targets, sizes) != 0:
                 return False
         return True
@@ -139,11 +150,12 @@ class MooncakeBackend:
             pool.device,
         ).encode()
 
-    def connect(self, peer: str, descriptor: bytes) -> None:
-        remote = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self._pool.page_bytes)
+    def connect(self, peer: str, descriptor: bytes, part: PageSlice | None = None) -> None:
+        remote = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self._pool.page_bytes, part=part)
         _split(remote.endpoint)
         self.disconnect(peer)
-        self._channels[peer] = _Channel(self._host, self._pool, self._devices, remote, peer)
+        part = part or PageSlice(0, 0, self._pool.page_bytes)
+        self._channels[peer] = _Channel(self._host, self._pool, self._devices, remote, peer, part)
 
     def disconnect(self, peer: str) -> None:
         channel = self._channels.pop(peer, None)
@@ -154,9 +166,9 @@ class MooncakeBackend:
         channel = self._channels.get(peer)
         if channel is None or channel.broken:
             raise PeerUnreachable(f"{peer} is not connected")
-        write = MooncakeWrite(
-            [self._pool.page_address(page) for page in sources], channel.remote.page_addresses(targets)
-        )
+        part = channel.part
+        ours = [self._pool.page_address(page) + part.ours for page in sources]
+        write = MooncakeWrite(ours, channel.remote.page_addresses(targets, part.theirs), part.size)
         channel.post(write)
         return write
 

@@ -26,6 +26,7 @@ from cluster.errors import ConfigError, PeerUnreachable, ProtocolError, Transfer
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
 from kv_transfer.backends.environment import apply_defaults
 from kv_transfer.backends.sockets import drop_unsent_on_close
+from kv_transfer.shard_plan import PageSlice
 
 _STATES = {"DONE": WriteState.DONE, "PROC": WriteState.PENDING, "ERR": WriteState.FAILED}
 _WRITES_THAT_CONNECT = 2
@@ -73,7 +74,10 @@ class NixlWrite:
 @dataclass
 class _Peer:
     agent: str
+    ours: Any
+    """Prepared descriptors of our pages, or of their parts that go to this peer."""
     pages: Any
+    """The same of its own."""
     pool: PoolDescriptor
     writes: int = 0
 
@@ -105,18 +109,19 @@ class NixlBackend:
         self._writes: weakref.WeakSet[NixlWrite] = weakref.WeakSet()
         self._start()
 
-    def connect(self, peer: str, descriptor: bytes) -> None:
-        pool = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self._pool.page_bytes)
+    def connect(self, peer: str, descriptor: bytes, part: PageSlice | None = None) -> None:
+        pool = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self._pool.page_bytes, part=part)
+        part = part or PageSlice(0, 0, self._pool.page_bytes)
         self.disconnect(peer)
         try:
             added = self._agent.add_remote_agent(pool.endpoint)
             name = added.decode() if isinstance(added, bytes) else added
-            pages = self._prepare(name, pool.address, pool.pages, *_memory_kind(pool.device))
+            pages = self._prepare(name, pool, part.theirs, part.size)
         except self._descriptor_faults as error:
             raise ProtocolError(f"the NIXL metadata of {peer} is unreadable: {error}") from error
         except self._peer_faults as error:
             raise PeerUnreachable(f"can't reach the memory of {peer}: {error}") from error
-        self._peers[peer] = _Peer(name, pages, pool)
+        self._peers[peer] = _Peer(name, self._own_pages(part.ours, part.size), pages, pool)
 
     def disconnect(self, peer: str) -> None:
         known = self._peers.pop(peer, None)
@@ -134,7 +139,7 @@ class NixlBackend:
             self._pool.page_address(page)
         known.pool.page_addresses(targets)
         try:
-            request = self._agent.make_prepped_xfer("WRITE", self._pages, list(sources), known.pages, list(targets))
+            request = self._agent.make_prepped_xfer("WRITE", known.ours, list(sources), known.pages, list(targets))
         except self._peer_faults as error:
             raise PeerUnreachable(f"can't write to {peer}: {error}") from error
         write = NixlWrite(self._agent, request, self._peer_faults)
@@ -158,7 +163,8 @@ class NixlBackend:
             return
         for peer in list(self._peers):
             self.disconnect(peer)
-        self._pages.release()
+        for pages in self._prepared.values():
+            pages.release()
         self._agent.deregister_memory(self._registration)
         self._agent = None
 
@@ -170,7 +176,8 @@ class NixlBackend:
         self._registration = self._agent.register_memory(
             [(pool.address, pool.total_bytes, self._device, "")], self._memory
         )
-        self._pages = self._prepare("NIXL_INIT_AGENT", pool.address, pool.pages, self._memory, self._device)
+        self._prepared: dict[tuple[int, int], Any] = {}
+        self._own_pages(0, pool.page_bytes)
         self.descriptor = PoolDescriptor(
             self.name, self._agent.get_agent_metadata(), pool.address, pool.pages, pool.page_bytes, pool.device
         ).encode()
@@ -180,7 +187,8 @@ class NixlBackend:
         for write in list(self._writes):
             write.end_with_agent()
         self._peers.clear()
-        self._pages = self._registration = None
+        self._prepared.clear()
+        self._registration = None
         native = weakref.ref(self._agent.agent)
         self._agent = None
         if native() is not None:
@@ -188,11 +196,18 @@ class NixlBackend:
         if native() is not None:
             raise TransferStuck("NIXL's agent can't be ended: something still refers to it")
 
-    def _prepare(self, agent: str, address: int, pages: int, memory: str, device: int) -> Any:
-        """Descriptors of all pages of a pool, ours or a peer's; rows of (address, bytes, device)."""
-        size = self._pool.page_bytes
-        rows = np.empty((pages, 3), dtype=np.uint64)
-        rows[:, 0] = address + np.arange(pages, dtype=np.uint64) * np.uint64(size)
+    def _own_pages(self, offset: int, size: int) -> Any:
+        """Descriptors of this part of all our pages; prepared once, for they are many."""
+        if (offset, size) not in self._prepared:
+            self._prepared[offset, size] = self._prepare("NIXL_INIT_AGENT", self._pool, offset, size)
+        return self._prepared[offset, size]
+
+    def _prepare(self, agent: str, pool: PoolMemory | PoolDescriptor, offset: int, size: int) -> Any:
+        """Descriptors of so many bytes from `offset` on of all pages of a pool: rows of (address, bytes, device)."""
+        memory, device = _memory_kind(pool.device)
+        rows = np.empty((pool.pages, 3), dtype=np.uint64)
+        begin = np.arange(pool.pages, dtype=np.uint64) * np.uint64(pool.page_bytes)
+        rows[:, 0] = begin + np.uint64(pool.address + offset)
         rows[:, 1] = size
         rows[:, 2] = device
         return self._agent.prep_xfer_dlist(agent, rows, memory)

@@ -20,7 +20,7 @@ from unittest import mock
 from cluster.config import Kernels
 from cluster.layout import KVLayout
 from cluster.messages import Sampling, Speed
-from engine import engine as real
+from engine import engine, engine_config, loaded_model
 from engine.engine import Engine, EngineConfig, StepPlan, StepResult
 from engine.pages import Owner, OwnerKind
 from engine.sampler import Choice
@@ -169,15 +169,16 @@ def _choices(words: list[int], sequences: Sequence[EngineSequence]) -> list[Choi
 @contextmanager
 def installed() -> Iterator[None]:
     """Inside, engines are made over this model."""
-    with mock.patch.multiple(
-        real,
-        resolve_model=Path,
-        open_model=lambda path, weights: _Files(),
-        open_device=lambda name, threads: None,
-        resolve_dtype=lambda dtype, device: dtype,
-        KVCache=SimMemory,
-        make_decoder=lambda kernels, architecture, weights, cache, threads: SimDecoder(cache),
-        build_step=lambda chunks: chunks,
-        choose=_choices,
+    with (
+        mock.patch.multiple(engine_config, resolve_model=Path),
+        mock.patch.multiple(
+            loaded_model,
+            open_model=lambda path, weights: _Files(),
+            open_device=lambda *settings: None,
+            resolve_dtype=lambda dtype, device: dtype,
+            KVCache=SimMemory,
+            make_decoder=lambda kernels, architecture, weights, cache, *settings: SimDecoder(cache),
+        ),
+        mock.patch.multiple(engine, build_step=lambda chunks: chunks, choose=_choices),
     ):
         yield

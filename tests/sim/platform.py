@@ -116,7 +116,7 @@ class _EngineHosts:
     """In place of the class `EngineHost`. The engine command of a simulated worker is how to start one."""
 
     @staticmethod
-    async def start(start: Any, loading: Callable[[], float], environment: object) -> SimEngineHost:
+    async def start(start: Any, loading: Callable[[], float], environment: object, ranks: int) -> SimEngineHost:
         return SimEngineHost(running_strand(), start, loading())
 
 
@@ -150,13 +150,13 @@ def installed() -> Iterator[None]:
         "cluster.worker_shell.MonotonicClock": running_loop,
         "cluster.access.security.ClusterSecurity.session": session,
         "cluster.process_identity.is_dead": _is_dead,
+        "kv_transfer.opening.open_backend": lambda kv, agent, pool, host: _starting().open_backend(pool),
+        "kv_transfer.opening.TransferThread": lambda *parts: _starting().start_transfers(*parts),
         "decode_worker.engine_process.HandoffReceiver": partial(HandoffReceiver, is_dead=_is_dead),
     }
     for role in ("prefill_worker", "decode_worker"):
         replaced |= {
-            f"{role}.engine_process.Engine": lambda config, on_layer: _starting().make_engine(config, on_layer),
-            f"{role}.engine_process.open_backend": lambda kv, agent, pool, host: _starting().open_backend(pool),
-            f"{role}.engine_process.TransferThread": lambda *parts: _starting().start_transfers(*parts),
+            f"{role}.engine_process.Engine": lambda config, on_layer, rank: _starting().make_engine(config, on_layer),
             f"{role}.engine_process.current": lambda: _starting().identity,
         }
     with ExitStack() as stack:

@@ -168,7 +168,7 @@ class SimBackend(MemoryBackend):
     def write(self, peer: str, sources: Sequence[int], targets: Sequence[int]) -> SimWrite:
         if peer not in self._peers:
             raise PeerUnreachable(f"{peer} is not connected")
-        remote = self._peers[peer]
+        remote, _ = self._peers[peer]
         remote.page_addresses(targets)
         target = self.fabric.alive.get(remote.endpoint.decode())
         assert target is None or isinstance(target, SimBackend)
@@ -232,6 +232,7 @@ class SimTransferThread:
         on_look: Callable[[float | None], None],
         write_timeout: float,
     ) -> None:
+        self.descriptor = backend.descriptor
         self._loop = loop
         self._driver = TransferDriver(backend, digester, clock, trial_page, write_timeout)
         self._backend = backend
@@ -248,6 +249,9 @@ class SimTransferThread:
     def post(self, command: Command) -> None:
         self._commands.append(command)
         self.turn_soon(COMMAND_SECONDS)
+
+    def deliver(self, results: Sequence[Result]) -> None:
+        raise AssertionError("no worker here has more ranks than one")
 
     def results(self) -> list[Result]:
         found, self._results = self._results, []

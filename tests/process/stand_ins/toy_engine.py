@@ -22,6 +22,7 @@ from cluster.layout import KVLayout
 from cluster.messages import (
     AttemptFinished,
     CancelAttempt,
+    EngineRank,
     FinishReason,
     Load,
     ModelCard,
@@ -100,5 +101,11 @@ def build(context):
     return ToyHandler(context), ready
 
 
+def follow(context):
+    """A rank that has nothing to do but to be there."""
+    (leader,) = context.rank.steps
+    return leader.receive, EngineRank(b"descriptor", current())
+
+
 if __name__ == "__main__":
-    sys.exit(main("toy_engine", lambda topology: topology.decode.cpus, build))
+    sys.exit(main("toy_engine", lambda topology: topology.decode.cpus, build, follow))

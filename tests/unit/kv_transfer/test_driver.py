@@ -59,7 +59,7 @@ def test_a_write_ends_with_its_times_and_the_digests_of_what_was_sent(setup):
 
 def test_digests_are_no_part_of_the_time_of_a_write_that_ends_in_the_call(setup):
     class Slow:
-        def of(self, pages):
+        def of(self, pages, offset=0, size=None):
             setup.clock.advance(1.0)
             return [0 for _ in pages]
 
