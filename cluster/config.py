@@ -108,6 +108,8 @@ class LauncherName(str, Enum):
     """On this machine, as long as `baton up` runs."""
     RAY = "ray"
     """The workers on the nodes of a Ray cluster, bootstrap and router where `baton up` runs, and as long as it runs."""
+    KUBERNETES = "kubernetes"
+    """On the Kubernetes that kubectl reaches, until `baton down`."""
 
 
 class Model(Section, frozen=True):
@@ -393,6 +395,8 @@ class Kubernetes(Section, frozen=True):
     kubernetes: {namespace: inference, values_file: my-values.yaml}
     """
 
+    context: Text | None = None
+    """Of kubectl's configuration: which Kubernetes, as whom; by default its current one."""
     namespace: Text = "default"
     release: Text = "baton"
     """What the names of the objects begin with."""

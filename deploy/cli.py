@@ -13,13 +13,14 @@ import msgspec
 import typer
 from rich.console import Console
 
-from cluster.config import Dtype, Router, Security, Topology
+from cluster.config import Dtype, LauncherName, Router, Security, Topology
 from cluster.errors import BatonError, ConfigError
 from cluster.model_files import resolve_model
 from cluster.tasks import first_of
 from cluster.topology import dump_topology, load_topology
 from deploy.cluster_client import RouterClient, ask_router, base_url
 from deploy.demo import run_demo
+from deploy.detached import bring_up
 from deploy.explain import waterfall
 from deploy.foreground import run_cluster
 from deploy.kubernetes.cli import app as kubernetes
@@ -74,9 +75,12 @@ def up(
     log_directory: LogDirectory = None,
     start_timeout: StartTimeout = 900.0,
 ) -> None:
-    """Start a cluster in the foreground; Ctrl-C stops it."""
+    """Start a cluster in the foreground, where Ctrl-C stops it; on Kubernetes it runs on."""
     topology = load_topology(topology_path, overrides)
     console = _console()
+    if topology.launch is LauncherName.KUBERNETES:
+        _interruptible(bring_up(topology, start_timeout, console))
+        return
 
     async def serve(topology: Topology, session: Session, router: RouterClient) -> None:
         url = base_url(topology.router.host, topology.router.port, topology.router.tls.scheme)

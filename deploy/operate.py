@@ -9,11 +9,12 @@ from pathlib import Path
 import aiohttp
 
 from cluster.clock import MonotonicClock
-from cluster.config import Bootstrap, Router, Security, Topology
+from cluster.config import Bootstrap, LauncherName, Router, Security, Topology
 from cluster.topology import load_topology
 from deploy.cluster_client import ask_bootstrap, ask_router
 from deploy.control_client import connect
 from deploy.launchers.base import Cluster
+from deploy.launchers.kubernetes import KubernetesCluster, render
 from deploy.rolling import Rolling
 from deploy.run_directory import Running, find_running
 from deploy.unsupervised import UnsupervisedCluster
@@ -32,6 +33,9 @@ async def open_cluster(
     topology: Topology | None, tell: Callable[[str], None], patience_seconds: float
 ) -> AsyncIterator[Cluster]:
     """The cluster of `find_topology`, wherever it runs; `patience_seconds` is for one worker to end or to be ready."""
+    if topology is not None and topology.launch is LauncherName.KUBERNETES:
+        yield KubernetesCluster(topology, render(topology), MonotonicClock(), patience_seconds, tell)
+        return
     running = await _alive(topology)
     if running is not None:
         async with connect(running, tell, patience_seconds) as cluster:
@@ -55,6 +59,8 @@ class _Defaults:
 
 async def _alive(topology: Topology | None) -> Running | None:
     """The `baton up` of this topology, if it answers."""
+    if topology is not None and topology.launch is LauncherName.KUBERNETES:
+        return None
     running = find_running((topology or _Defaults).bootstrap.port)
     if running is None:
         return None

@@ -25,6 +25,10 @@ class Place(NamedTuple):
 @contextmanager
 def open_place(topology: Topology) -> Iterator[Place]:
     """Raises `LaunchError` if it can't be reached, `ConfigError` if what it needs is not installed."""
+    if topology.launch is LauncherName.KUBERNETES:
+        raise ConfigError(
+            "launch: kubernetes: such a cluster runs by itself; `baton up` starts it, `baton down` stops it"
+        )
     if topology.launch is LauncherName.RAY:
         try:
             from deploy.launchers.ray_place import connected, make_runner  # a large package, which most do without

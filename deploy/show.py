@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from cluster.config import Bootstrap, Security, Topology
+from cluster.config import Bootstrap, LauncherName, Security, Topology
 from cluster.errors import LaunchError
 from cluster.messages import MemberStatus
 from deploy.cluster_client import ask_bootstrap
@@ -64,26 +64,33 @@ async def show_logs(wanted: Wanted, name: str, lines: int, *, follow: bool, raw:
 
 
 class _Seen(NamedTuple):
-    members: list[MemberStatus]
+    members: list[MemberStatus] | None
+    """None: bootstrap can't be asked from here."""
     others: list[Replica]
 
 
 async def _look(topology: Topology | None, bootstrap_url: str | None) -> _Seen:
     """Raises `LaunchError` if bootstrap does not answer."""
+    if bootstrap_url is None and topology is not None and topology.launch is LauncherName.KUBERNETES:
+        return _Seen(None, await _replicas(topology))
     config = topology.bootstrap if topology else Bootstrap()
     async with ask_bootstrap(config, topology.security if topology else Security(), bootstrap_url) as bootstrap:
         members = await bootstrap.workers()
     if bootstrap_url is not None:
         return _Seen(members, [])
     known = {status.member.worker for status in members}
-    async with open_cluster(topology, lambda _line: None, 0.0) as cluster:
-        replicas = await cluster.status()
+    replicas = await _replicas(topology)
     return _Seen(members, [each for each in replicas if each.kind in _WORKERS and each.name not in known])
+
+
+async def _replicas(topology: Topology | None) -> list[Replica]:
+    async with open_cluster(topology, lambda _line: None, 0.0) as cluster:
+        return await cluster.status()
 
 
 def _print(seen: _Seen, topology: Topology | None, console: Console, *, as_json: bool) -> None:
     if as_json:
-        print(msgspec.json.encode(seen.members).decode(), flush=True)
+        print(msgspec.json.encode(seen.others if seen.members is None else seen.members).decode(), flush=True)
     else:
         console.print(_table(seen, topology))
 
@@ -92,4 +99,4 @@ def _table(seen: _Seen, topology: Topology | None) -> RenderableType:
     if not any(seen):
         return "no workers"
     lease_seconds = (topology.bootstrap if topology else Bootstrap()).lease_seconds
-    return status_table(seen.members, lease_seconds, seen.others)
+    return status_table(seen.members or [], lease_seconds, seen.others)

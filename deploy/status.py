@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.messages import MemberStatus, Role
-from deploy.launchers.base import Replica
+from deploy.launchers.base import Replica, ReplicaState
 
 _HEALTH_STYLES = {"ready": "green", "unready": "yellow", "stalled": "red", "silent": "red"}
 _NUMBERS = ("queued", "running", "KV pages", "quarantined", "steps", "heartbeat")
@@ -58,7 +58,8 @@ def _row(status: MemberStatus, lease_seconds: float) -> list[str | Text]:
 
 def _other_row(replica: Replica) -> list[str | Text]:
     state = f"{replica.state.value}: {replica.reason}" if replica.reason else replica.state.value
-    return [replica.name, replica.kind.value, "", Text(state, "yellow")]
+    style = "green" if replica.state is ReplicaState.READY else "yellow"
+    return [replica.name, replica.kind.value, "", Text(state, style)]
 
 
 def short_epoch(epoch: int) -> str:

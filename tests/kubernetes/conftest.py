@@ -16,7 +16,7 @@ from tests.kubernetes.kubelet.node import NodeSpec
 REPOSITORY = Path(__file__).parents[2]
 NODES = (
     NodeSpec("cpu-0", {"cpu": "64", "memory": "128Gi", "pods": "50"}, {}),
-    NodeSpec("gpu-0", {"cpu": "16", "memory": "64Gi", "pods": "20", "nvidia.com/gpu": "2"}, {}),
+    NodeSpec("gpu-0", {"cpu": "16", "memory": "64Gi", "pods": "20", "nvidia.com/gpu": "3"}, {}),
 )
 IMAGE = Image(
     layers=(str(REPOSITORY), sys.prefix, sys.base_prefix),
@@ -37,6 +37,13 @@ def kubernetes(tmp_path_factory):
         yield plane
     finally:
         plane.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kubectl_finds_it(kubernetes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBECONFIG", str(kubernetes.kubeconfig))
+        yield
 
 
 @pytest.fixture

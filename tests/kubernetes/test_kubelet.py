@@ -148,7 +148,7 @@ def test_a_pod_that_is_deleted_leaves_its_service_then_ends_in_order(kubernetes,
 
 
 def test_a_pod_that_fits_nowhere_waits_and_the_scheduler_says_why(kubernetes, namespace):
-    greedy = {**CONTAINER, "resources": {"limits": {"nvidia.com/gpu": 3}}}
+    greedy = {**CONTAINER, "resources": {"limits": {"nvidia.com/gpu": 4}}}
     manifest = yaml.safe_dump_all(objects(1, {**POD, "containers": [greedy]}))
     kubernetes.kubectl("apply", "-n", namespace, "-f", "-", given=manifest)
 

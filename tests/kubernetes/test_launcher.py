@@ -1,0 +1,57 @@
+"""The Kubernetes launcher keeps what every launcher does, and says what only Kubernetes knows.
+
+The workers are real control processes with stand-ins for engines: what is tried is who starts and ends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cluster.errors import LaunchError
+from cluster.messages import Role
+from deploy.launchers.base import ReplicaState
+from tests.kubernetes.installation import Installation, with_metronomes
+from tests.process.launcher_conformance import *  # noqa: F403
+from tests.process.launcher_conformance import Place, require_stopped
+
+pytestmark = pytest.mark.kubernetes
+
+SETTINGS = ("decode.replicas=2", "worker.drain_seconds=1", "router.drain_seconds=1")
+VALUES = {
+    "decode": {"resources": {"limits": {"nvidia.com/gpu": 1}}},  # the nodes have 3
+    "router": {"replicas": 1, "preStopSeconds": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def installation(kubernetes, tmp_path_factory):
+    installation = Installation(kubernetes, "launcher", SETTINGS, VALUES, tmp_path_factory.mktemp("launcher"))
+    try:
+        cluster = installation.start(with_metronomes)
+        yield installation
+        asyncio.run(require_stopped(cluster))
+        left = installation.kubectl("get", "all,configmaps,secrets,networkpolicies", "--output=name").split()
+        assert not [name for name in left if "baton" in name]
+    finally:
+        installation.stop()
+
+
+@pytest.fixture(scope="module")
+def place(installation):
+    async def kill(name):
+        installation.kill(name)
+
+    return Place(installation.cluster(), kill)
+
+
+async def test_a_worker_that_fits_nowhere_is_told_with_the_schedulers_reason(installation, place):
+    await place.scaled(1, 1)
+    with pytest.raises(LaunchError, match=r"decode=4 is not reached within 20 s\n.*Insufficient nvidia.com/gpu"):
+        await installation.cluster(patience=20.0).scale({Role.DECODE: 4})
+    (waiting,) = [each for each in await place.cluster.status() if each.state is ReplicaState.WAITING]
+    assert "Insufficient nvidia.com/gpu" in waiting.reason
+    assert (waiting.instance, waiting.node) == ("", "")
+    assert len(await place.pool(Role.DECODE)) == 3
+    await place.scaled(1, 1)
