@@ -53,6 +53,24 @@ class Kernels(str, Enum):
     """torch's own operators: any device."""
 
 
+class Attention(str, Enum):
+    """Of torch's kernels; the native ones have their own."""
+
+    AUTO = "auto"
+    """flashinfer on a GPU where it is installed, else torch."""
+    FLASHINFER = "flashinfer"
+    """flashinfer's kernels: NVIDIA GPUs, bfloat16 and float16."""
+    TORCH = "torch"
+    """torch's own operators: any device."""
+
+
+class Device(str, Enum):
+    AUTO = "auto"
+    """A GPU where torch finds one, else the CPU."""
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class TransferName(str, Enum):
     NIXL = "nixl"
     MOONCAKE = "mooncake"
@@ -123,6 +141,9 @@ class Model(Section, frozen=True):
     context_length: Positive | None = None
     """Shortens the model's own."""
     kernels: Kernels = Kernels.AUTO
+    attention: Attention = Attention.AUTO
+    device: Device = Device.AUTO
+    """Where workers compute; of several GPUs, those of CUDA_VISIBLE_DEVICES, one for each rank."""
 
 
 class KV(Section, frozen=True):

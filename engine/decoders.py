@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.config import Kernels
+from cluster.config import Attention, Kernels
 from cluster.logging import get_logger
 from engine.decoder import Decoder
 from engine.kv_cache import KVCache
@@ -17,7 +17,13 @@ log = get_logger(__name__)
 
 
 def make_decoder(
-    kernels: Kernels, config: ModelConfig, weights: Weights, cache: KVCache, threads: int, shard: Shard | None = None
+    kernels: Kernels,
+    config: ModelConfig,
+    weights: Weights,
+    cache: KVCache,
+    threads: int,
+    shard: Shard | None = None,
+    attention: Attention = Attention.AUTO,
 ) -> Decoder:
     """The native one, or torch's where it is asked for or (with `AUTO`) where the native one can't be. `config` and
     `weights` are of the whole model; with a `shard`, the decoder has that part of it, and `cache` must have its heads.
@@ -27,11 +33,11 @@ def make_decoder(
     if shard is not None:
         config, weights = shard.config, ShardedWeights(weights, shard)
     if kernels is Kernels.TORCH or (kernels is Kernels.AUTO and cache.pool.device.type != "cpu"):
-        return TorchDecoder(config, weights, cache, shard)
+        return TorchDecoder(config, weights, cache, shard, attention)
     try:
         return NativeDecoder(config, weights, cache, threads, shard)
     except NativeUnavailable as error:
         if kernels is Kernels.NATIVE:
             raise
         log.warning("computing with torch's operators, which are slower", reason=str(error))
-        return TorchDecoder(config, weights, cache, shard)
+        return TorchDecoder(config, weights, cache, shard, attention)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from cluster.config import Dtype
+from cluster.config import Device, Dtype
+from cluster.errors import ConfigError
 
 ONEDNN_CACHE = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 ONEDNN_CACHED = 256
@@ -17,12 +18,18 @@ BFLOAT16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Of x86 processors, and of ARM's."""
 
 
-def open_device(name: str, threads: int) -> torch.device:
-    """The device, in torch's naming; on CPU, operators use so many threads. What the user has set wins."""
+def open_device(wanted: Device, rank: int, ranks: int, threads: int) -> torch.device:
+    """The device of one of `ranks` processes, each of which has a GPU of its own; on CPU, operators use so many
+    threads. What the user has set wins. Raises `ConfigError` if there are not enough GPUs."""
     torch.set_num_threads(threads)
     # oneDNN reads it when it makes its first kernel.
     os.environ.setdefault(ONEDNN_CACHE, str(ONEDNN_CACHED))
-    return torch.device(name)
+    available = torch.cuda.device_count()
+    if wanted is Device.CPU or (wanted is Device.AUTO and not available):
+        return torch.device("cpu")
+    if ranks > available:
+        raise ConfigError(f"model.device: {ranks} ranks want a GPU each, and torch finds {available}")
+    return torch.device("cuda", rank)
 
 
 def resolve_dtype(wanted: Dtype, device: torch.device) -> Dtype:

@@ -8,8 +8,10 @@ from typing import Any
 import msgspec
 
 from cluster.config import (
+    Attention,
     Decode,
     DecodeScheduling,
+    Device,
     Dtype,
     Kernels,
     Prefill,
@@ -40,7 +42,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     """Of torch's operators and the native kernels, on CPU."""
     kernels: Kernels = Kernels.AUTO
-    device: str = "cpu"
+    attention: Attention = Attention.AUTO
+    device: Device = Device.CPU
     # What these mean stands in `cluster.config`: they are the scheduling sections of both pools.
     policy: SchedulingPolicy = SchedulingPolicy.FIRST_COME
     ageing_seconds: float = 10.0
@@ -66,6 +69,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             prefix_cache=topology.kv.prefix_cache,
             threads=threads,
             kernels=topology.model.kernels,
+            attention=topology.model.attention,
+            device=topology.model.device,
             **_scheduling(pool.scheduling, unified=topology.unified),
         )
 

@@ -37,7 +37,7 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
     """Raises `ModelError` or `ConfigError`. Returns when all ranks have theirs."""
     files = open_model(config.model_path, config.weights)
     architecture = files.config
-    device = open_device(_device_of(config.device, rank), config.threads)
+    device = open_device(config.device, rank.number, rank.size, config.threads)
     layout = KVLayout(
         model=files.weights.identity,
         dtype=resolve_dtype(config.dtype, device).value,
@@ -51,16 +51,11 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
     if rank.size > 1:
         shard = Shard(architecture, TorchGroup(rank.number, rank.size, rank.rendezvous, device))
     cache = KVCache(layout.of_rank(rank.number), config.pool_pages + TRIAL_PAGES, device)
-    decoder = make_decoder(config.kernels, architecture, files.weights, cache, config.threads, shard)
+    decoder = make_decoder(config.kernels, architecture, files.weights, cache, config.threads, shard, config.attention)
     if shard is not None:
         _require_same(decoder, shard, device)
     context = _context_length(config, architecture.context_length)
     return LoadedModel(ModelCard(config.model_name, context, architecture.vocab_size), layout, cache, decoder)
-
-
-def _device_of(name: str, rank: Rank) -> str:
-    """Each rank has a GPU of its own."""
-    return f"{name}:{rank.number}" if name == "cuda" and rank.size > 1 else name
 
 
 def _require_same(decoder: Decoder, shard: Shard, device: torch.device) -> None:

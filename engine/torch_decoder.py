@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from cluster.config import Kernels
-from engine.attention.torch_paged import TorchPagedAttention
+from cluster.config import Attention, Kernels
+from engine.attention.choice import make_attention
 from engine.decoder import Integers, Step
 from engine.kv_cache import KVCache
 from engine.linear import Linear, PlainLinear, make_linear, nbytes_of
@@ -42,7 +42,14 @@ class TorchDecoder:
 
     kernels = Kernels.TORCH
 
-    def __init__(self, config: ModelConfig, weights: Weights, cache: KVCache, shard: Shard | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        cache: KVCache,
+        shard: Shard | None = None,
+        attention: Attention = Attention.AUTO,
+    ) -> None:
         """With a `shard`, all three are of this rank's part."""
         dtype, self._device = cache.pool.dtype, cache.pool.device
 
@@ -60,7 +67,7 @@ class TorchDecoder:
         self._head = make_linear(self._embedding if config.tied_embeddings else read("lm_head.weight"))
         self._rope = RotaryEmbedding(config.rope, config.head_dim, self._device)
         self.weight_bytes = self._count_bytes()
-        self._attention = TorchPagedAttention(cache, config.heads, config.windows)
+        self._attention = make_attention(attention, cache, config.heads, config.windows)
 
     def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
         rows = rounded(len(step.tokens), ROWS)

@@ -2,7 +2,7 @@
 
 `engine.torch_decoder` calls `plan` once per step, with all sequences of the step, and `attend` once per layer, in
 order; both on the step loop's thread. The backend reads and writes the KV cache that it was made with and owns nothing
-but its work space; a plan is valid until the next one is made.
+but its work space. A step may be planned and computed between two layers of another.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engine.attention.base import Span
 from engine.attention.grouping import Extent, group_by_extent
+from engine.attention.slots import Slots
 from engine.kv_cache import KVCache
 from engine.shapes import rounded, series
 
@@ -33,13 +34,6 @@ STEP_PAGES = 2
 """Least step of `engine.shapes` for a group's pages."""
 
 Integers = npt.NDArray[np.int64]
-
-
-class _Slots(NamedTuple):
-    """Where each row's keys and values go, [rows of the step] each."""
-
-    pages: Tensor
-    offsets: Tensor
 
 
 class _Block(NamedTuple):
@@ -79,7 +73,7 @@ class TorchPagedAttention:
         self._heads = heads
         self._windows = tuple(windows)
         self._by_head = [cache.by_head(layer) for layer in range(cache.layout.layers)]
-        self._by_token = [cache.by_token(layer).unbind() for layer in range(cache.layout.layers)]
+        self._by_token = [(keys, values) for keys, values in map(cache.by_token, range(cache.layout.layers))]
         self._workspace = torch.empty(0, dtype=cache.pool.dtype, device=cache.pool.device)
 
     def warm_up(self, page: int, context: int) -> None:
@@ -104,13 +98,8 @@ class TorchPagedAttention:
         ]
         self._cache.clear(begun)
         plans = {window: self._plan_window(spans, rows, window) for window in set(self._windows)}
-        return TorchStepAttention(self, self._slots(spans), [plans[window] for window in self._windows])
-
-    def _slots(self, spans: Sequence[Span]) -> _Slots:
-        page_size = self._cache.layout.page_size
-        positions = np.concatenate([np.arange(span.start, span.stop) for span in spans])
-        pages = np.concatenate([_repeat_pages(span, page_size) for span in spans])
-        return _Slots(self._to_device(pages), self._to_device(positions % page_size))
+        slots = Slots.of(spans, page_size, self._cache.pool.device)
+        return TorchStepAttention(self, slots, [plans[window] for window in self._windows])
 
     def _plan_window(self, spans: Sequence[Span], rows: int, window: int | None) -> _WindowPlan:
         page_size = self._cache.layout.page_size
@@ -170,10 +159,8 @@ class TorchPagedAttention:
             blocks.append(_Block(begin, end, keys, masked_from, torch.from_numpy(mask).to(self._cache.pool)))
         return blocks
 
-    def write(self, layer: int, slots: _Slots, key: Tensor, value: Tensor) -> None:
-        keys, values = self._by_token[layer]
-        keys.index_put_(slots, key[: len(slots.pages)])
-        values.index_put_(slots, value[: len(slots.pages)])
+    def write(self, layer: int, slots: Slots, key: Tensor, value: Tensor) -> None:
+        slots.write(*self._by_token[layer], key, value)
 
     def gather(self, layer: int, group: _Group) -> Tensor:
         """Keys and values of a group, [2, kv_heads, members, keys, head_dim]; valid until the next call."""
@@ -193,7 +180,7 @@ class TorchPagedAttention:
 class TorchStepAttention:
     """Implements `StepAttention`."""
 
-    def __init__(self, backend: TorchPagedAttention, slots: _Slots, plans: list[_WindowPlan]) -> None:
+    def __init__(self, backend: TorchPagedAttention, slots: Slots, plans: list[_WindowPlan]) -> None:
         self._backend = backend
         self._slots = slots
         self._plans = plans
@@ -233,13 +220,6 @@ def _padded_queries(queries: int) -> int:
     """One, as decodes have, or whole blocks."""
     sizes = (1, SMALL_BLOCK_QUERIES)
     return next((size for size in sizes if queries <= size), -(-queries // BLOCK_QUERIES) * BLOCK_QUERIES)
-
-
-def _repeat_pages(span: Span, page_size: int) -> Integers:
-    """The page of each position of the span."""
-    first, last = span.start // page_size, -(-span.stop // page_size)
-    pages: Integers = np.repeat(np.array(span.pages[first:last], dtype=np.int64), page_size)
-    return pages[span.start - first * page_size : span.stop - first * page_size]
 
 
 def _padded_rows(spans: list[Span], queries: int) -> Integers:

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from cluster.layout import KVLayout
 from engine.attention.base import Span
+from engine.attention.flashinfer_paged import FlashInferAttention
 from engine.attention.grouping import PADDED_KEYS, Extent, group_by_extent
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.kv_cache import KVCache
+from tests.unit.engine.fake_flashinfer import FakeFlashInfer
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS = 6, 2, 16, 3
 
@@ -32,15 +34,28 @@ def formula(query, keys, values, window):
     return output
 
 
+def flashinfer(cache, heads, windows):
+    """Over a library that computes on a CPU."""
+    return FlashInferAttention(cache, heads, windows, FakeFlashInfer())
+
+
+BACKENDS = {"torch": TorchPagedAttention, "flashinfer": flashinfer}
+
+
+@pytest.fixture(params=BACKENDS)
+def make(request):
+    return BACKENDS[request.param]
+
+
 class Bench:
     """A cache full of NaN, and what each sequence has put into it."""
 
-    def __init__(self, page_size, pages=200, windows=(None,) * LAYERS, seed=0):
+    def __init__(self, make, page_size, pages=200, windows=(None,) * LAYERS, seed=0):
         self.layout = KVLayout("m", "float32", page_size, LAYERS, KV_HEADS, HEAD_DIM)
         self.cache = KVCache(self.layout, pages, torch.device("cpu"))
         self.windows = windows
         self.cache.pool.fill_(math.nan)
-        self.backend = TorchPagedAttention(self.cache, HEADS, windows)
+        self.backend = make(self.cache, HEADS, windows)
         self.generator = torch.Generator().manual_seed(seed)
         self.free = list(range(pages))
         random.Random(seed).shuffle(self.free)
@@ -79,15 +94,15 @@ class Bench:
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_prompts_of_lengths_around_pages_then_decode(page_size):
-    bench = Bench(page_size)
+def test_prompts_of_lengths_around_pages_then_decode(page_size, make):
+    bench = Bench(make, page_size)
     bench.step(a=page_size, b=page_size + 1, c=max(1, page_size - 1), d=1, e=3 * page_size + 2)
     for _ in range(page_size + 2):
         bench.step(a=1, b=1, c=1, d=1, e=1)
 
 
-def test_a_prompt_in_chunks_beside_decodes():
-    bench = Bench(8)
+def test_a_prompt_in_chunks_beside_decodes(make):
+    bench = Bench(make, 8)
     bench.step(long=70, short=3)
     bench.step(short=1, long=65)
     bench.step(short=1, long=1, late=130)
@@ -95,8 +110,8 @@ def test_a_prompt_in_chunks_beside_decodes():
 
 
 @pytest.mark.parametrize("window", [1, 5, 16, 33])
-def test_a_sliding_window_in_some_layers(window):
-    bench = Bench(8, windows=(window, None, window))
+def test_a_sliding_window_in_some_layers(window, make):
+    bench = Bench(make, 8, windows=(window, None, window))
     bench.step(a=40, b=7, c=17)
     bench.step(a=30, b=1, c=1)
     for _ in range(9):
@@ -105,7 +120,7 @@ def test_a_sliding_window_in_some_layers(window):
 
 def test_very_different_lengths_are_several_groups_and_come_back_in_order():
     assert group_by_extent([Extent(1, keys) for keys in (1500, 20, 700, 30)]) == [[0], [2], [3, 1]]
-    bench = Bench(16)
+    bench = Bench(TorchPagedAttention, 16)
     bench.step(a=20, b=700, c=30, d=1)
     bench.step(a=1, b=1, c=1, d=1)
 
@@ -117,9 +132,10 @@ def test_very_different_lengths_are_several_groups_and_come_back_in_order():
     ),
     st.sampled_from([1, 3, 8]),
     st.sampled_from([None, 2, 9]),
+    st.sampled_from(list(BACKENDS)),
 )
-def test_any_mix_of_chunks(steps, page_size, window):
-    bench = Bench(page_size, windows=(None, window, window), seed=len(steps))
+def test_any_mix_of_chunks(steps, page_size, window, name):
+    bench = Bench(BACKENDS[name], page_size, windows=(None, window, window), seed=len(steps))
     for step in steps:
         bench.step(**{name: count for name, count in zip("abc", step, strict=True) if count})
 
