@@ -61,9 +61,9 @@ class Meeting:
         url = str(self.server.make_url("")).rstrip("/")
         return Member("decode", Role.DECODE, epoch, url, LAYOUT, ModelCard("m", 512, 100), "memory", 10, 4)
 
-    def refusals(self) -> str | None:
+    def refusals(self) -> float:
         lines = render(self.decode.metrics.registry).decode().splitlines()
-        return next((line.split()[-1] for line in lines if line.startswith(REFUSED)), None)
+        return next(float(line.split()[-1]) for line in lines if line.startswith(REFUSED))
 
 
 class EndOfTest(Exception):
@@ -76,7 +76,7 @@ async def test_both_say_whom_they_mean_and_meet():
             await meeting.dialer._connect(meeting.member(DECODE_EPOCH))
         (up,) = meeting.met
         assert (up.hello.epoch, up.hello.to_epoch) == (DECODE_EPOCH, PREFILL_EPOCH)
-        assert meeting.refusals() is None
+        assert meeting.refusals() == 0
 
 
 async def test_a_hello_to_the_former_life_at_an_address_is_refused_and_counted():
@@ -84,4 +84,4 @@ async def test_a_hello_to_the_former_life_at_an_address_is_refused_and_counted()
         with pytest.raises(StaleFence, match=f"epoch {DECODE_EPOCH}"):
             await meeting.dialer._connect(meeting.member(DECODE_EPOCH - 1))
         assert meeting.met == []
-        assert meeting.refusals() == "1.0"
+        assert meeting.refusals() == 1
