@@ -7,7 +7,8 @@ threads and a port): a failed write is called FAILED only after its engine is go
 Two waits of Mooncake's are cut short by ending the connections that it waits at. A first write asks the peer for its
 memory, for up to a minute, whatever Mooncake's timeout for writes (see `environment`) is. And an engine's end waits for
 the engine's threads, of which one listens in turns of a second, with the interpreter locked: all of the process waits.
-A write that does not come back even so can't be ended at all.
+(It also waits for what it was still writing over RDMA, for up to ten seconds. A NIC gives such writes up before
+Mooncake does, soft-RoCE never does.) A write that does not come back even so can't be ended at all.
 """
 
 from __future__ import annotations
