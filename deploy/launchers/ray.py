@@ -15,7 +15,7 @@ import contextlib
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -28,24 +28,13 @@ from deploy.launchers.base import ProcessKind
 from deploy.launchers.local import LocalProcesses
 from deploy.launchers.processes import ProcessExit, ProcessSpec, ProcessStatus
 from deploy.launchers.ray_host import Parcel, RankSeat, Seat, WorkerHost
+from deploy.launchers.ray_topology import Need
 from deploy.log_files import log_file, tail
 
 CALL_SECONDS = 10.0
 """For an actor to answer what takes no time."""
 
 _WORKERS = {ProcessKind.PREFILL: Role.PREFILL, ProcessKind.DECODE: Role.DECODE}
-
-
-class Need(NamedTuple):
-    """What a worker of one pool reserves."""
-
-    bundle: Mapping[str, float]
-    """Of each rank, as Ray names resources: {"CPU": 1, "decode": 1}."""
-    ranks: int
-
-    def __str__(self) -> str:
-        amounts = " and ".join(f"{amount:g} {name}" for name, amount in self.bundle.items()) or "room"
-        return f"a node with {amounts} free" + (f", {self.ranks} times" if self.ranks > 1 else "")
 
 
 class _Life:

@@ -1,26 +1,23 @@
-"""Connecting to a Ray cluster, and what a topology becomes there: with addresses that nodes reach, and a secret."""
+"""Connecting to a Ray cluster, with a secret that its nodes share."""
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import ray
 
-from cluster.access.security import is_loopback, read_secret
-from cluster.config import RayPool, Topology
+from cluster.access.security import read_secret
+from cluster.config import Topology
 from cluster.errors import LaunchError
-from cluster.messages import Role
-from cluster.topology import dump_topology, load_topology
+from cluster.topology import load_topology
 from deploy.launchers.processes import ProcessRunner
-from deploy.launchers.ray import Need, RayProcesses
-from deploy.launchers.ray_host import Parcel
+from deploy.launchers.ray import RayProcesses
+from deploy.launchers.ray_topology import needs_of, parcel_of, with_addresses, with_secret_file
 
 
 @contextlib.contextmanager
@@ -50,40 +47,7 @@ def connected(topology: Topology) -> Iterator[Topology]:
 def make_runner(directory: Path, topology_file: Path) -> ProcessRunner:
     """For a topology of `connected`, as it was written for the processes of this machine."""
     topology = load_topology(topology_file)
-    needs = {
-        role: _need(pool) for role, pool in ((Role.PREFILL, topology.ray.prefill), (Role.DECODE, topology.ray.decode))
-    }
-    return RayProcesses(directory, ("--topology", str(topology_file)), needs, parcel_of(topology))
-
-
-def with_addresses(topology: Topology, node_address: str) -> Topology:
-    """Addresses of this machine alone give way to the one by which other nodes reach it. The router's stays: who may
-    reach the API, the topology says."""
-
-    def reachable(host: str) -> str:
-        return node_address if is_loopback(host) or _is_unspecified(host) else host
-
-    model = Path(topology.model.path)
-    return msgspec.structs.replace(
-        topology,
-        bootstrap=msgspec.structs.replace(topology.bootstrap, host=reachable(topology.bootstrap.host)),
-        prefill=msgspec.structs.replace(topology.prefill, host=reachable(topology.prefill.host)),
-        decode=msgspec.structs.replace(topology.decode, host=reachable(topology.decode.host)),
-        # Actors work in a folder of their own: what is named from here is named in full.
-        model=msgspec.structs.replace(topology.model, path=str(model.absolute())) if model.exists() else topology.model,
-    )
-
-
-def with_secret_file(topology: Topology, file: Path | None) -> Topology:
-    security = msgspec.structs.replace(topology.security, secret_file=None if file is None else str(file))
-    return msgspec.structs.replace(topology, security=security)
-
-
-def parcel_of(topology: Topology) -> Parcel:
-    """For the nodes: they don't have this machine's files."""
-    secret = read_secret(topology.security)
-    environment = {} if secret is None else {topology.security.secret_variable: secret}
-    return Parcel(dump_topology(with_secret_file(topology, None)), environment)
+    return RayProcesses(directory, ("--topology", str(topology_file)), needs_of(topology), parcel_of(topology))
 
 
 @contextlib.contextmanager
@@ -96,15 +60,3 @@ def _new_secret() -> Iterator[Path]:
         yield Path(name)
     finally:
         Path(name).unlink(missing_ok=True)
-
-
-def _need(pool: RayPool) -> Need:
-    bundle = {"CPU": pool.cpus, "GPU": pool.gpus, **pool.resources}
-    return Need({name: amount for name, amount in bundle.items() if amount}, ranks=1)
-
-
-def _is_unspecified(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return False

@@ -11,8 +11,9 @@ import ray
 from cluster.messages import Role
 from deploy.launchers.base import ProcessKind
 from deploy.launchers.processes import ProcessSpec
-from deploy.launchers.ray import Need, RayProcesses
+from deploy.launchers.ray import RayProcesses
 from deploy.launchers.ray_host import Parcel
+from deploy.launchers.ray_topology import Need
 from tests.process.runner_conformance import *  # noqa: F403
 from tests.process.runner_conformance import PATIENCE, Stage
 from tests.ray.conftest import STAND_INS

@@ -8,10 +8,12 @@ import pytest
 from cluster.clock import ManualClock
 from cluster.config import Model, Restarts, Topology
 from cluster.errors import LaunchError
+from cluster.messages import Role
 from cluster.process import EXIT_DONE, EXIT_RESTART
+from cluster.restarts import FIRST_PAUSE_SECONDS
 from cluster.tasks import cancel
 from deploy.launchers.fake import FakeProcesses
-from deploy.plan import processes
+from deploy.plan import processes, worker
 from deploy.session import Session
 from deploy.supervision import Supervisor
 from tests.unit.deploy.example_members import member_status
@@ -154,3 +156,42 @@ async def test_what_was_started_before_a_process_that_could_not_be_is_stopped():
         await scene.session.start(timeout_seconds=10)
     await scene.session.stop()
     assert scene.launcher.stopped == ["prefill-0", "bootstrap"]
+
+
+async def test_a_newcomer_that_dies_is_not_replaced_and_takes_nothing_with_it():
+    scene = Scene(look=lambda scene: ALL_READY)
+    watching = await scene.ready()
+    failure = await scene.session.grow([worker(Role.DECODE, 1), worker(Role.DECODE, 2)])
+    scene.session.settled("decode-2")
+    scene.launcher.write("decode-1", '{"event":"stopped","error":"out of memory"}')
+    scene.launcher.die("decode-1", 1)
+    with pytest.raises(LaunchError, match=r"^decode-1 ended \(exit code 1\): out of memory"):
+        await failure
+    scene.launcher.die("decode-2", -9)
+    assert await scene.starts(3) == ["decode-1", "decode-2", "decode-2"], "who had settled comes back"
+    assert [spec.name for spec in scene.session.specs] == [*(spec.name for spec in SPECS), "decode-2"]
+    await cancel(watching)
+
+
+async def test_who_is_retired_is_gone_for_good_also_when_it_was_about_to_be_started_anew():
+    scene = Scene(look=lambda scene: ALL_READY)
+    watching = await scene.ready()
+    for _ in range(2):  # the second death is answered after a pause
+        scene.launcher.die("decode-0", 1)
+    while len(scene.told) < 2:  # noqa: ASYNC110 - bounded by the test's own time
+        await asyncio.sleep(0)
+    await scene.session.retire(["decode-0", "unknown"], 1.0)
+    assert [spec.name for spec in scene.session.specs] == ["bootstrap", "prefill-0", "router"]
+    await asyncio.wait({watching}, timeout=FIRST_PAUSE_SECONDS + 0.2)
+    assert len(scene.launcher.started) == 1 and not watching.done()
+    await cancel(watching)
+
+
+async def test_a_newcomer_that_can_not_be_started_is_told_as_such():
+    scene = Scene(look=lambda scene: ALL_READY, launcher=FakeProcesses(cannot_start=frozenset({"decode-1"})))
+    watching = await scene.ready()
+    failure = await scene.session.grow([worker(Role.DECODE, 1)])
+    with pytest.raises(LaunchError, match="decode-1 can't be started"):
+        await failure
+    assert [spec.name for spec in scene.session.specs] == [spec.name for spec in SPECS]
+    await cancel(watching)
