@@ -31,6 +31,7 @@ def render(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What the objects' names begin with.")] = None,
     namespace: Annotated[str | None, typer.Option(help="Where they belong.")] = None,
+    with_secrets: Annotated[bool, typer.Option("--secrets/--no-secrets", help="Those that are made here.")] = True,
 ) -> None:
     """Print the objects that `helm install` would make, for `kubectl apply -f -`."""
     topology = load_topology(topology_path, overrides)
@@ -41,6 +42,11 @@ def render(
     text = dump_topology(topology) if overrides else topology_path.read_text(encoding="utf-8")
     values, origin = read_values(values_path)
     objects = Chart().render(text, values, origin, Release(name or config.release, namespace or config.namespace))
-    if any(made["kind"] == "Secret" for made in objects):
-        print("note: its Secrets are new each time: keep this output, or name your own in secrets", file=sys.stderr)
+    if not with_secrets:
+        objects = [made for made in objects if made["kind"] != "Secret"]
+    elif any(made["kind"] == "Secret" for made in objects):
+        print(
+            "note: its Secrets are new each time: from the second time on, --no-secrets keeps those that are there",
+            file=sys.stderr,
+        )
     print(written_all(objects), end="")

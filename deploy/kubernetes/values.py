@@ -46,6 +46,7 @@ class Autoscaler(str, Enum):
     NONE = "none"
     HPA = "hpa"
     KEDA = "keda"
+    EXTERNAL = "external"
 
 
 class Image(Form, frozen=True, kw_only=True):

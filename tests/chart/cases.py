@@ -22,6 +22,7 @@ VALUES = {
     "none": "",
     "keda": "autoscaling: {kind: keda, decode: {committedPages: 0.75, maxReplicas: 20}}",
     "named": "fullnameOverride: llm\nnameOverride: lm\nserviceAccount: {create: false, name: someone}",
+    "external": "autoscaling: {kind: external}\nprefill: {resources: {limits: {nvidia.com/gpu: 1}}}",
     "locked": """
 secrets: {cluster: {existingSecret: s, key: one}, apiKeys: {existingSecret: k}, tls: {existingSecret: t}}
 networkPolicy: {clients: [], monitoring: [{namespaceSelector: {matchLabels: {name: monitoring}}}]}

@@ -34,6 +34,8 @@ return nothing but text. */ -}}
 {{- $pools := list (omit $prefill "replicas" "cpus") (omit $decode "replicas" "cpus") (eq $replicas 0) | toJson -}}
 prefillReplicas: {{ $replicas }}
 decodeReplicas: {{ $decode.replicas | default 1 | int }}
+prefillRanks: {{ $prefill.tensor_parallel | default 1 | int }}
+decodeRanks: {{ $decode.tensor_parallel | default 1 | int }}
 bootstrapPort: {{ $bootstrap.port | default 8998 | int }}
 routerPort: {{ $router.port | default 8000 | int }}
 workerDrainSeconds: {{ $worker.drain_seconds | default 30 | ceil | int }}

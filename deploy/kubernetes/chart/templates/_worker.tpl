@@ -5,6 +5,11 @@ Called with (dict "root" $ "component" "prefill" "settings" .Values.prefill "rep
 {{- define "baton.pool" -}}
 {{- $settings := .settings -}}
 {{- $scheme := .topology.internalScheme -}}
+{{- $ranks := index .topology (printf "%sRanks" .component) -}}
+{{- $gpus := index ($settings.resources.limits | default dict) "nvidia.com/gpu" | default $ranks -}}
+{{- if ne (int $gpus) (int $ranks) -}}
+{{- fail (printf "%s.resources: nvidia.com/gpu is %v, and the topology's %s.tensor_parallel %v: a worker has one GPU for each rank" .component $gpus .component $ranks) -}}
+{{- end -}}
 apiVersion: apps/v1
 kind: Deployment
 metadata:

@@ -234,6 +234,13 @@ def test_pods_are_replaced_when_what_they_read_has_changed():
         assert all(before[name]["spec"]["template"] != after[name]["spec"]["template"] for name in before)
 
 
+def test_a_worker_gets_a_gpu_for_each_of_its_ranks():
+    gpus = "decode: {resources: {limits: {nvidia.com/gpu: 2}}}"
+    assert deployments(MINIMAL + "decode: {tensor_parallel: 2}", gpus)
+    with pytest.raises(ConfigError, match=r"decode.resources: nvidia.com/gpu is 2, and .* decode.tensor_parallel 1"):
+        deployments(MINIMAL, gpus)
+
+
 def test_selectors_find_the_pods_of_their_component_and_no_others():
     rendered = Rendered()
     labels = {name: made["spec"]["template"]["metadata"]["labels"] for name, made in rendered.all("Deployment").items()}
@@ -290,6 +297,12 @@ def test_a_unified_pool_is_scaled_by_both_signals():
     (scaler,) = rendered.all("HorizontalPodAutoscaler").values()
     names = [metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]]
     assert names == ["baton_waiting_tokens", "baton_kv_committed_ratio"]
+
+
+def test_a_pool_that_others_scale_has_no_size():
+    rendered = Rendered(values="autoscaling: {kind: external}")
+    assert all("replicas" not in rendered.all("Deployment")[pool]["spec"] for pool in POOLS)
+    assert not rendered.all("HorizontalPodAutoscaler") and not rendered.all("ScaledObject")
 
 
 def test_bounds_that_contradict_each_other_are_refused():

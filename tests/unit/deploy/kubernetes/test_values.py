@@ -21,7 +21,7 @@ def test_helm_refuses_by_the_same_rules():
         ("prefil: {}", r"values:1: prefil: unknown key; did you mean prefill\?"),
         ("\nrouter: {replicas: 0}", "values:2: router.replicas: expected a whole number of at least 1, found 0"),
         ("decode: {port: 99999}", "decode.port: expected a whole number from 1 to 65535"),
-        ("autoscaling: {kind: knative}", "autoscaling.kind: expected one of none, hpa, keda"),
+        ("autoscaling: {kind: knative}", "autoscaling.kind: expected one of none, hpa, keda, external"),
         ("image: {digest: latest}", "image.digest"),
         ("secrets: {cluster: {existingSecret: My_Secret}}", "secrets.cluster.existingSecret"),
         ("podDisruptionBudget: {maxUnavailable: half}", "podDisruptionBudget.maxUnavailable"),
@@ -53,7 +53,7 @@ def test_gpus_and_rdma_devices_are_asked_for_and_reach_the_pods():
             "model": {"volume": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}}},
         }
     )
-    rendered = Rendered(MINIMAL, values)
+    rendered = Rendered(MINIMAL + "decode: {tensor_parallel: 2}", values)
     decode, container = rendered.pods()["decode"], rendered.container("decode")
     wanted = {"cpu": "2", "memory": "64Gi", "nvidia.com/gpu": 2, "rdma/hca_shared_devices_a": 1}
     assert container["resources"]["limits"] == wanted, "over the chart's own, key by key"
