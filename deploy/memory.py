@@ -73,6 +73,7 @@ def _of_topology(topology: Topology) -> list[MemoryRequest]:
             weights=topology.model.weights,
             dtype=topology.model.dtype,
             kernels=topology.model.kernels,
+            tensor_parallel=pool.tensor_parallel,
             page_size=topology.kv.page_size,
             chunk_tokens=pool.chunk_tokens,
             max_running=pool.max_running,

@@ -111,6 +111,11 @@ class Engine:
         return self._cache.address
 
     @property
+    def pool_device(self) -> str:
+        """`cpu`, or `cuda:N`."""
+        return self._cache.device
+
+    @property
     def pool_bytes(self) -> int:
         """Of the ledger's pages and, behind them, `TRIAL_PAGES`."""
         return self._cache.nbytes

@@ -44,6 +44,11 @@ class KVCache:
         return self.pool.data_ptr()
 
     @property
+    def device(self) -> str:
+        """`cpu`, or `cuda:N`."""
+        return str(self.pool.device)
+
+    @property
     def nbytes(self) -> int:
         return self.pages * self.page_bytes
 

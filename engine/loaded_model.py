@@ -1,4 +1,4 @@
-"""A model that is ready to compute: files opened, pool made, weights read; on one of several ranks, its part of them."""
+"""A model that is ready to compute: files opened, pool made, weights read; on one of several ranks, its part."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from cluster.config import Kernels
 from cluster.errors import ConfigError
 from cluster.layout import KVLayout
+from cluster.logging import get_logger
 from cluster.messages import ModelCard
 from cluster.ranks import Rank
 from engine.decoder import Decoder
@@ -19,6 +20,8 @@ from engine.group import TorchGroup
 from engine.kv_cache import KVCache
 from engine.shard import Shard
 from engine.weights import open_model
+
+log = get_logger(__name__)
 
 TRIAL_PAGES = 1
 """Pages of the pool's memory that no ledger gives out: transfer connections are tried on the last page."""
@@ -54,6 +57,14 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
     decoder = make_decoder(config.kernels, architecture, files.weights, cache, config.threads, shard, config.attention)
     if shard is not None:
         _require_same(decoder, shard, device)
+    log.info(
+        "weights and KV pool are in memory",
+        device=cache.device,
+        kernels=decoder.kernels.value,
+        precision=files.weights.precision,
+        weights_bytes=decoder.weight_bytes,
+        pool_bytes=cache.nbytes,
+    )
     context = _context_length(config, architecture.context_length)
     return LoadedModel(ModelCard(config.model_name, context, architecture.vocab_size), layout, cache, decoder)
 

@@ -23,8 +23,8 @@ from cluster.memory_plan import Capacity, MemoryPlan, MemoryRequest, RankMemory
 from cluster.shards import even_range, key_value_heads, query_heads
 from engine.attention.torch_paged import BLOCK_SCORES
 from engine.device import resolve_dtype
-from engine.engine import TRIAL_PAGES
 from engine.huge_pages import Arena
+from engine.loaded_model import TRIAL_PAGES
 from engine.model_config import ModelConfig
 from engine.native.library import NativeUnavailable, load
 from engine.native.packing import LANES, packed_bytes

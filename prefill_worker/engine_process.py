@@ -26,7 +26,9 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     topology, epoch = context.topology, context.epoch
     engine = Engine(_config(context), context.board.advance, context.rank)
     speed = engine.warm_up()
-    pool = PoolMemory(engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes)
+    pool = PoolMemory(
+        engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes, engine.pool_device
+    )
     thread = open_transfers(context, pool, context.channel.wake)
     sender = HandoffSender(
         thread,
@@ -46,7 +48,7 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
 def follow(context: EngineContext) -> tuple[Callable[[], None], EngineRank]:
     """Of a rank other than 0: its part of the model, of the pool and of the transfers."""
     model = load_model(_config(context), context.rank)
-    pool = PoolMemory(model.cache.address, model.cache.pages, model.cache.page_bytes)
+    pool = PoolMemory(model.cache.address, model.cache.pages, model.cache.page_bytes, model.cache.device)
     return follow_transfers(context, pool, Follower(model.decoder, context.rank.steps[0]).run)
 
 

@@ -40,7 +40,10 @@ def test_what_is_no_size(text):
 
 
 def test_a_topology_is_a_worker_of_each_pool_with_its_pool():
-    prefill, decode = requests(None, topology("kv.pool_tokens=4096", "decode.max_running=7"), NOTHING)
+    prefill, decode = requests(
+        None, topology("kv.pool_tokens=4096", "decode.max_running=7", "prefill.tensor_parallel=3"), NOTHING
+    )
+    assert (prefill.tensor_parallel, decode.tensor_parallel) == (3, 1)
     assert (prefill.pool, prefill.pool_tokens, decode.pool, decode.max_running) == ("prefill", 4096, "decode", 7)
     (unified,) = requests(None, topology("prefill.replicas=0"), NOTHING)
     assert unified.pool == "decode"
