@@ -115,6 +115,8 @@ class WorkerShell:
         self._routers = RouterLinks(name, role, self.post, self.load, self.metrics, self._clock)
         self._engine: EngineHost | None = None
         self._membership: Membership | None = None
+        self._belonging: asyncio.Future[None] | None = None
+        """Its `run`, which outlives all else of a life: it has yet to say goodbye."""
         self._member: Member | None = None
         self._ending: asyncio.Future[None] | None = None
         """The end of the last life, once it has begun."""
@@ -222,7 +224,12 @@ class WorkerShell:
 
     async def _work(self, engine: EngineHost, membership: Membership) -> BatonError:
         relaying = asyncio.ensure_future(self._relay(engine))
-        beside = asyncio.ensure_future(together(membership.run(), self._look(engine), self._beat()))
+        self._belonging = belonging = asyncio.ensure_future(membership.run())
+
+        async def not_refused() -> None:
+            await asyncio.shield(belonging)
+
+        beside = asyncio.ensure_future(together(not_refused(), self._look(engine), self._beat()))
         try:
             await asyncio.wait({relaying, beside}, return_when=asyncio.FIRST_COMPLETED)
             if beside.done():
@@ -265,10 +272,13 @@ class WorkerShell:
     async def _end(self, engine: EngineHost) -> None:
         """Routers and bootstrap learn of the end at once; peers when the process is dead for certain."""
         self._member, membership, self._membership = None, self._membership, None
+        belonging, self._belonging = self._belonging, None
         self.metrics.engine_gone()
         self._profiles.engine_gone()
         leaving = [] if membership is None else [membership.leave("its engine process ended")]
         await asyncio.gather(self._routers.close(), *leaving)
+        if belonging is not None:
+            await cancel(belonging)
         self._engine = None
         await engine.close()
         await self.peers.close()

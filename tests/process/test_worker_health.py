@@ -54,12 +54,19 @@ class Membership:
     def __init__(self, member) -> None:
         self.member = member
         self.left: str | None = None
+        self._running = False
 
     async def run(self) -> None:
-        await asyncio.Event().wait()
+        self._running = True
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._running = False
 
     async def leave(self, reason: str) -> None:
-        self.left = self.left or reason
+        """Once `run` has been cancelled there is nobody to be told."""
+        if self._running:
+            self.left = self.left or reason
 
 
 def toy_engines() -> list[psutil.Process]:
