@@ -60,6 +60,7 @@ def write_topology(directory: Path, topology: Topology) -> Path:
 def announced(port: int, directory: Path) -> Iterator[Running]:
     """While the block runs, `find_running` finds it. Raises `LaunchError`."""
     running = _entry(port)
+    _sweep(running.directory.parent)
     _forget(running)
     running.directory.symlink_to(directory)
     try:
@@ -87,6 +88,13 @@ def _own_folder() -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise LaunchError(f"{folder} must be a folder that only its owner, user {os.getuid()}, may enter")
     return folder
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed ones left behind, once their run directories are gone."""
+    for link in folder.iterdir():
+        if link.is_symlink() and not link.exists():
+            _forget(_entry(int(link.name)))
 
 
 def _forget(running: Running) -> None:

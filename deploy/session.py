@@ -221,6 +221,10 @@ class Session:
         return f"{end}: {reason}" if reason else str(end)
 
     def _too_slow(self, startup: Startup, seconds: float) -> str:
-        logs = {status.name: status.log for status in self._runner.status()}
-        waiting = "\n".join(f"  {name}, see {logs[name]}" for name in startup.waiting_for())
+        statuses = {status.name: status for status in self._runner.status()}
+        waiting = "\n".join(f"  {name}, {_whereabouts(statuses[name])}" for name in startup.waiting_for())
         return f"not ready after {seconds:g} s:\n{waiting}"
+
+
+def _whereabouts(status: ProcessStatus) -> str:
+    return f"which waits for {status.waiting_for}" if status.waiting_for else f"see {status.log}"

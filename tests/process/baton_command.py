@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,8 +19,10 @@ PATIENCE = 60.0
 class Baton:
     """One `baton` command, working in a folder of its own."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, python_path: str = str(STAND_INS)) -> None:
+        """`python_path` is where modules are looked for before ours."""
         self.directory = directory
+        self._python_path = python_path
         self.run_directory = directory / "run"
         self.output = ""
         (directory / "tiny.gguf").write_bytes(b"GGUF")
@@ -33,7 +36,7 @@ class Baton:
             BATON,
             *arguments,
             cwd=self.directory,
-            env={**os.environ, "PYTHONPATH": str(STAND_INS), "BATON_STAND_IN": json.dumps(stand_ins)},
+            env={**os.environ, "PYTHONPATH": self._python_path, "BATON_STAND_IN": json.dumps(stand_ins)},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
@@ -52,6 +55,13 @@ class Baton:
         rest = await asyncio.wait_for(self.process.stdout.read(), PATIENCE)
         self.output += rest.decode()
         return await asyncio.wait_for(self.process.wait(), PATIENCE)
+
+    @property
+    def url(self) -> str:
+        """Of the router of a cluster that is ready."""
+        found = re.search(r"ready: .* at (\S+) ", self.output)
+        assert found is not None, self.output
+        return found[1]
 
     def pid(self, name: str) -> int:
         return int((self.run_directory / f"{name}.pid").read_text())

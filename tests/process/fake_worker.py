@@ -65,6 +65,8 @@ class Behaviour:
     """So many first attempts at a request meet all this; those after them go well."""
     repeats: bool = False
     """Every token is told twice."""
+    token_seconds: float = 0.0
+    """From one token to the next."""
 
 
 class FakeWorker:
@@ -186,7 +188,7 @@ class FakeWorker:
                 await asyncio.Event().wait()
             emitted = Emitted(fence, offset, output[offset], _logprobs(attempt, output[offset]))
             link.post(Tokens([emitted, emitted] if behaviour.repeats else [emitted]))
-            await asyncio.sleep(0)
+            await asyncio.sleep(behaviour.token_seconds)
         if self.role is Role.DECODE:
             link.post(AttemptFinished(fence, self.role, reason, decode=DECODE_TIMINGS))
         elif len(output) == given + 1:

@@ -36,3 +36,19 @@ async def place(tmp_path_factory, ray_nodes):
         await require_stopped(cluster)
     assert await baton.ends() == 0
     assert baton.left_over() == []
+
+
+async def test_a_worker_for_which_no_node_has_room_is_named_with_what_it_waits_for(ray_nodes, tmp_path):
+    baton = Baton(tmp_path)
+    settings = ("launch=ray", f"ray.address={ray_nodes.address}", "ray.decode.resources={unobtainium: 1}")
+    chosen = [word for setting in settings for word in ("--set", setting)]
+    await baton.start("up", "t.yaml", "--start-timeout", "3", *chosen)
+    assert await baton.ends() == 1
+    assert "decode-1, which waits for a node with 1 CPU and 1 unobtainium free" in baton.output
+
+
+async def test_no_ray_cluster_is_one_plain_line(tmp_path):
+    baton = Baton(tmp_path)
+    await baton.start("up", "t.yaml", "--set", "launch=ray", "--set", "ray.address=127.0.0.1:1")
+    assert await baton.ends() == 1
+    assert baton.output.startswith("error: no Ray cluster at 127.0.0.1:1 of which this machine is a node: start one")

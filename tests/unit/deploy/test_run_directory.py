@@ -34,12 +34,14 @@ def test_it_is_found_by_its_port_as_long_as_it_runs(run_directory):
 
 
 def test_what_a_killed_one_left_behind_is_replaced(run_directory, tmp_path):
-    before = announced(8998, tmp_path / "gone")
-    before.__enter__().socket.touch()
+    killed = [announced(port, tmp_path / "gone") for port in (8997, 8998)]  # neither comes to its end
+    for each in killed:
+        each.__enter__().socket.touch()
     assert find_running(8998) is None, "its run directory is gone"
     with announced(8998, run_directory) as running:
         assert not running.socket.exists()
         assert running.topology_file.exists()
+        assert [each.name for each in running.socket.parent.iterdir()] == ["8998"], "of the other, too, nothing is left"
 
 
 def test_nobody_else_can_look_into_it_and_who_could_is_an_error(run_directory, folder):

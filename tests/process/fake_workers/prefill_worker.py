@@ -1,0 +1,5 @@
+from fake_process import main
+
+from cluster.messages import Role
+
+main(Role.PREFILL)
