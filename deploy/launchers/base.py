@@ -57,7 +57,7 @@ class Cluster(Protocol):
     """A cluster that runs, for those who operate it. Called on one event loop, by one caller at a time.
 
     Whoever makes one says where news go ("decode-1 is draining"): changes take as long as workers do. What the place
-    does not do, or not in time, is a `LaunchError` that says what is missing; what was begun by then goes on.
+    does not do, or not in time, is a `LaunchError` that says what is missing; whether it goes on trying is its affair.
     """
 
     async def status(self) -> list[Replica]:

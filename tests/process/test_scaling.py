@@ -17,6 +17,7 @@ TOPOLOGY = """
 model: {path: smollm2-135m-instruct}
 bootstrap: {port: 0, heartbeat_seconds: 0.2}
 router: {port: 0}
+decode: {cpus: [[0]]}
 """
 
 
@@ -80,6 +81,7 @@ async def test_pools_grow_and_shrink_under_load_and_no_request_notices(baton, ht
     load = Load(Api(http, baton.url))
     await load.more(STREAMS)
     grown = await scale("decode=3", "prefill=2")
+    assert "starting decode-1, decode-2 (decode.cpus names cores for 1: the others share them in turn)" in grown
     assert {"decode-1 takes work", "decode-2 takes work", "prefill-1 takes work"} <= set(grown)
     workers = {await decoded_by(request) for request in await load.more(3 * STREAMS)}
     assert workers == {"decode-0", "decode-1", "decode-2"}
