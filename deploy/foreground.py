@@ -23,7 +23,7 @@ from deploy.plan import processes
 from deploy.preflight import prepare
 from deploy.run_directory import Running, announced, make_run_directory, write_topology
 from deploy.session import GRACE_SECONDS, Session
-from deploy.supervised import SupervisedCluster
+from deploy.supervised import Supervised, SupervisedLauncher
 from deploy.supervision import Supervisor
 
 Serve = Callable[[Topology, Session, RouterClient], Awaitable[None]]
@@ -63,16 +63,12 @@ async def _run(
     ):
         probe = partial(observe, bootstrap, router)
         session = Session(processes(topology), runner, probe, display, clock, Supervisor(topology.restarts))
-
-        def cluster_for(tell: Callable[[str], None], patience_seconds: float) -> SupervisedCluster:
-            tell_both = _both(display.tell, tell)
-            return SupervisedCluster(
-                topology, session, probe, router, running.directory, clock, patience_seconds, tell_both
-            )
+        supervised = Supervised(topology, session, probe, router, running.directory, clock)
+        launcher = SupervisedLauncher(supervised, display.tell)
 
         async def live() -> None:
-            await session.start(start_timeout)
-            async with listening(cluster_for, running.socket):
+            await launcher.start(start_timeout)
+            async with listening(launcher.cluster_for, running.socket):
                 await serve(topology, session, router)
 
         with StopSignals(_STOP_SIGNALS) as signals:
@@ -89,11 +85,3 @@ async def _stop(session: Session, signals: StopSignals, grace_seconds: float) ->
     impatience = asyncio.ensure_future(signals.wait())
     await first_of(asyncio.ensure_future(session.stop(grace_seconds)), impatience)
     await session.stop(grace_seconds=0)
-
-
-def _both(one: Callable[[str], None], other: Callable[[str], None]) -> Callable[[str], None]:
-    def tell(line: str) -> None:
-        one(line)
-        other(line)
-
-    return tell

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cluster.clock import Clock
 from cluster.config import Topology
@@ -29,27 +29,46 @@ class Placement(Protocol):
     async def takes_work(self, worker: str, epoch: int) -> bool: ...
 
 
+class Supervised(NamedTuple):
+    """A cluster of this process, and what is needed to operate it."""
+
+    topology: Topology
+    """As its processes read it."""
+    session: Session
+    probe: Probe
+    router: Placement
+    directory: Path
+    """With the logs."""
+    clock: Clock
+
+
+class SupervisedLauncher:
+    """A `Launcher`. What it has brought up lives as long as its session, which the caller stops in any case."""
+
+    def __init__(self, supervised: Supervised, tell: Callable[[str], None]) -> None:
+        self._supervised = supervised
+        self._tell = tell
+
+    async def start(self, timeout_seconds: float) -> SupervisedCluster:
+        await self._supervised.session.start(timeout_seconds)
+        return SupervisedCluster(self._supervised, timeout_seconds, self._tell)
+
+    def cluster_for(self, tell: Callable[[str], None], patience_seconds: float) -> SupervisedCluster:
+        """The same cluster for one more caller, who is told apart from the others what is done for him."""
+
+        def tell_both(line: str) -> None:
+            self._tell(line)
+            tell(line)
+
+        return SupervisedCluster(self._supervised, patience_seconds, tell_both)
+
+
 class SupervisedCluster:
     """A `Cluster`. Several may share a session, for callers who want to be told separately."""
 
-    def __init__(
-        self,
-        topology: Topology,
-        session: Session,
-        probe: Probe,
-        router: Placement,
-        directory: Path,
-        clock: Clock,
-        patience_seconds: float,
-        tell: Callable[[str], None],
-    ) -> None:
-        """`directory` has the logs; `patience_seconds`: how long new workers may take to be ready."""
-        self._topology = topology
-        self._session = session
-        self._probe = probe
-        self._router = router
-        self._directory = directory
-        self._clock = clock
+    def __init__(self, supervised: Supervised, patience_seconds: float, tell: Callable[[str], None]) -> None:
+        """`patience_seconds`: how long new workers may take to be ready."""
+        self._topology, self._session, self._probe, self._router, self._directory, self._clock = supervised
         self._patience = patience_seconds
         self._tell = tell
 

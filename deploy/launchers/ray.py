@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.errors import LaunchError
 from cluster.messages import Role
 from cluster.tasks import cancel
 from deploy.launchers.base import ProcessKind
@@ -78,7 +79,10 @@ class RayProcesses:
             return
         with log_file(self._directory, process.name).open("ab" if process.name in self._lives else "wb"):
             pass  # from now on it has a log, though an empty one
-        life = self._lives[process.name] = _reserve(self._needs[_WORKERS[process.kind]], self._parcel)
+        try:
+            life = self._lives[process.name] = _reserve(self._needs[_WORKERS[process.kind]], self._parcel)
+        except (RayError, ValueError) as error:  # Ray is gone, or knows no such amount: 1.5 GPUs
+            raise LaunchError(f"{process.name} can't be started: {error}") from error
         life.task = asyncio.create_task(self._live(process, life))
 
     async def stop(self, names: Sequence[str], grace_seconds: float) -> None:

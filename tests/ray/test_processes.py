@@ -8,6 +8,7 @@ import psutil
 import pytest
 import ray
 
+from cluster.errors import LaunchError
 from cluster.messages import Role
 from deploy.launchers.base import ProcessKind
 from deploy.launchers.processes import ProcessSpec
@@ -71,6 +72,12 @@ async def test_who_finds_no_place_waits_for_it_and_says_so(connection, tmp_path)
     assert status.running and status.waiting_for == "a node with 1 CPU and 2 unobtainium free"
     await asyncio.wait_for(runner.stop(["a"], grace_seconds=PATIENCE), PATIENCE)
     assert not runner.status()[0].running
+
+
+async def test_what_ray_can_not_reserve_is_a_launch_error(connection, tmp_path):
+    runner = RayProcesses(tmp_path, (), {Role.DECODE: Need({"GPU": 1.5}, ranks=1)}, PARCEL)
+    with pytest.raises(LaunchError, match=r"a can't be started: .*1\.5"):
+        await runner.start(ProcessSpec("a", ProcessKind.DECODE, "bystander", ()))
 
 
 async def test_the_secret_is_in_nothing_that_ray_writes_or_lists(stage, tmp_path, ray_nodes):

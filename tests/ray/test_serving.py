@@ -57,8 +57,7 @@ async def test_on_ray_too_and_with_the_tokens_of_this_machine(http, questions, l
 async def test_pools_come_back_from_the_loss_of_a_node_under_load_and_no_request_is_lost(
     http, questions, local_answers, on_ray, ray_nodes, tmp_path
 ):
-    settings = (*on_ray, "prefill.replicas=2", "decode.replicas=2", "prefill.cpus=[]", "decode.cpus=[]")
-    async with running(TOPOLOGIES / "demo.yaml", settings, tmp_path / "run") as cluster:
+    async with running(TOPOLOGIES / "2p2d.yaml", on_ray, tmp_path / "run") as cluster:
         before = {each.name: each for each in await cluster.until_ready(6)}
         lost = {each.name for each in before.values() if SECOND_ADDRESS in each.node}
         assert {name.partition("-")[0] for name in lost} == {"prefill", "decode"}, "of each pool one is there"
