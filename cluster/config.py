@@ -38,6 +38,14 @@ class Dtype(str, Enum):
     FLOAT16 = "float16"
 
 
+class KVDtype(str, Enum):
+    AUTO = "auto"
+    """That of the activations, `model.dtype`."""
+    FLOAT8 = "float8_e4m3fn"
+    """Half of bfloat16's memory, and half as much to hand over; keys and values keep four of its eight bits. Not with
+    the native kernels."""
+
+
 class WeightsFrom(str, Enum):
     FILES = "files"
     DUMMY = "dummy"
@@ -134,7 +142,7 @@ class Model(Section, frozen=True):
     path: Text
     """A Hugging Face folder, a .gguf file, or the demo model's name."""
     dtype: Dtype = Dtype.AUTO
-    """Of weights, activations and KV cache."""
+    """Of weights and activations."""
     name: Text | None = None
     """What clients call it; by default the last part of `path`."""
     weights: WeightsFrom = WeightsFrom.FILES
@@ -150,6 +158,8 @@ class KV(Section, frozen=True):
     page_size: Positive = 16
     pool_tokens: Positive = 65536
     """Capacity of one worker's pool."""
+    dtype: KVDtype = KVDtype.AUTO
+    """The same in both pools: pages are handed over as they are."""
     transfer: TransferName = TransferName.NIXL
     network: Network = Network.AUTO
     rdma_devices: list[Text] = []

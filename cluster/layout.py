@@ -25,7 +25,7 @@ SCHEMA_VERSION = 2
 """Version of the messages and of the page format; both ends of a connection must have the same."""
 
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
 class KVLayout(msgspec.Struct, frozen=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from cluster.config import Dtype, Kernels, WeightsFrom
+from cluster.config import Dtype, Kernels, KVDtype, WeightsFrom
 
 
 class MemoryRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,8 +16,7 @@ class MemoryRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A folder or a .gguf file that exists."""
     weights: WeightsFrom = WeightsFrom.FILES
     dtype: Dtype = Dtype.AUTO
-    kv_dtype: str | None = None
-    """By default `dtype`."""
+    kv_dtype: KVDtype = KVDtype.AUTO
     kernels: Kernels = Kernels.AUTO
     tensor_parallel: int = 1
     page_size: int = 16

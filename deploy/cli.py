@@ -13,7 +13,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from cluster.config import Dtype, LauncherName, Router, Security, Topology
+from cluster.config import Dtype, KVDtype, LauncherName, Router, Security, Topology
 from cluster.errors import BatonError, ConfigError
 from cluster.model_files import resolve_model
 from cluster.tasks import first_of
@@ -228,7 +228,7 @@ def plan_memory(
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of a request; default: the model's limit.")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at a time; default: 1.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of weights and activations.")] = None,
-    kv_dtype: Annotated[str | None, typer.Option(help="Of the KV cache; default: the same.")] = None,
+    kv_dtype: Annotated[KVDtype | None, typer.Option(help="Of the KV cache; default: the same.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compute a model's need of memory, without loading it."""

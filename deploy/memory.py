@@ -15,7 +15,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import Decode, Dtype, Prefill, Topology
+from cluster.config import Decode, Dtype, KVDtype, Prefill, Topology
 from cluster.errors import ConfigError, LaunchError
 from cluster.memory_plan import Capacity, MemoryPlan, MemoryRequest
 from cluster.model_files import resolve_model
@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
     context: int | None
     concurrency: int | None
     dtype: Dtype | None
-    kv_dtype: str | None
+    kv_dtype: KVDtype | None
     gpu_bytes: int | None
 
 
@@ -72,6 +72,7 @@ def _of_topology(topology: Topology) -> list[MemoryRequest]:
             model_path=str(resolve_model(topology.model.path)),
             weights=topology.model.weights,
             dtype=topology.model.dtype,
+            kv_dtype=topology.kv.dtype,
             kernels=topology.model.kernels,
             tensor_parallel=pool.tensor_parallel,
             page_size=topology.kv.page_size,

@@ -14,6 +14,7 @@ from cluster.config import (
     Device,
     Dtype,
     Kernels,
+    KVDtype,
     Prefill,
     PrefillScheduling,
     SchedulingPolicy,
@@ -29,6 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_path: Path
     model_name: str
     dtype: Dtype
+    kv_dtype: KVDtype = KVDtype.AUTO
     weights: WeightsFrom = WeightsFrom.FILES
     page_size: int
     pool_pages: int
@@ -60,6 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             model_path=resolve_model(topology.model.path),
             model_name=topology.served_model,
             dtype=topology.model.dtype,
+            kv_dtype=topology.kv.dtype,
             weights=topology.model.weights,
             page_size=topology.kv.page_size,
             pool_pages=topology.pool_pages,

@@ -27,16 +27,18 @@ class KVCache:
     Raises `ConfigError` if the machine has not that much left: the kernel would grant it, and kill us when it is used.
     """
 
-    def __init__(self, layout: KVLayout, pages: int, device: torch.device) -> None:
+    def __init__(self, layout: KVLayout, pages: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: of what attends over it; by default the layout's own."""
         self.layout = layout
         self.pages = pages
         self.page_bytes = layout.page_bytes
-        dtype = getattr(torch, layout.dtype)
+        stored: torch.dtype = getattr(torch, layout.dtype)
+        self.dtype = dtype or stored
         _require_memory(layout, pages, device)
         memory = zeros_in_huge_pages(pages * layout.page_bytes + ALIGNMENT, device)
         begin = -memory.data_ptr() % ALIGNMENT
         shape = (pages, layout.kv_heads, layout.layers, 2, layout.page_size, layout.head_dim)
-        self.pool = memory[begin : begin + pages * layout.page_bytes].view(dtype).view(shape)
+        self.pool = memory[begin : begin + pages * layout.page_bytes].view(stored).view(shape)
 
     @property
     def address(self) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from cluster.config import Kernels
+from cluster.config import Kernels, KVDtype
 from cluster.errors import ConfigError
 from cluster.layout import KVLayout
 from cluster.logging import get_logger
@@ -41,9 +41,10 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
     files = open_model(config.model_path, config.weights)
     architecture = files.config
     device = open_device(config.device, rank.number, rank.size, config.threads)
+    dtype = resolve_dtype(config.dtype, device)
     layout = KVLayout(
         model=files.weights.identity,
-        dtype=resolve_dtype(config.dtype, device).value,
+        dtype=(dtype if config.kv_dtype is KVDtype.AUTO else config.kv_dtype).value,
         page_size=config.page_size,
         layers=architecture.layers,
         kv_heads=architecture.kv_heads,
@@ -53,7 +54,7 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
     shard = None
     if rank.size > 1:
         shard = Shard(architecture, TorchGroup(rank.number, rank.size, rank.rendezvous, device))
-    cache = KVCache(layout.of_rank(rank.number), config.pool_pages + TRIAL_PAGES, device)
+    cache = KVCache(layout.of_rank(rank.number), config.pool_pages + TRIAL_PAGES, device, getattr(torch, dtype.value))
     decoder = make_decoder(config.kernels, architecture, files.weights, cache, config.threads, shard, config.attention)
     if shard is not None:
         _require_same(decoder, shard, device)

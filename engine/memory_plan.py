@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from cluster.config import Dtype, Kernels, WeightsFrom
+from cluster.config import Dtype, Kernels, KVDtype, WeightsFrom
 from cluster.errors import BatonError, ConfigError
 from cluster.layout import DTYPE_BYTES, KVLayout
 from cluster.memory_plan import Capacity, MemoryPlan, MemoryRequest, RankMemory
@@ -62,11 +62,9 @@ def plan_memory(request: MemoryRequest, files: ModelFiles) -> MemoryPlan:
         raise ConfigError(f"{request.tensor_parallel} ranks can't share the model's {config.heads} query heads")
     device = "cpu" if request.gpu_bytes is None else "cuda"
     dtype = _dtype(request.dtype, device)
-    kv_dtype = request.kv_dtype or dtype.value
-    if kv_dtype not in DTYPE_BYTES:
-        raise ConfigError(f"KV of {kv_dtype} is not supported, only of {', '.join(DTYPE_BYTES)}")
+    kv_dtype = (dtype if request.kv_dtype is KVDtype.AUTO else request.kv_dtype).value
     item = DTYPE_BYTES[dtype.value]
-    kernels = _kernels(request.kernels, dtype, device)
+    kernels = _kernels(request, dtype, device)
     layout = KVLayout(
         checkpoint.identity, kv_dtype, request.page_size, config.layers, config.kv_heads, config.head_dim,
         shards=request.tensor_parallel,
@@ -201,14 +199,15 @@ def _dtype(wanted: Dtype, device: str) -> Dtype:
     return resolve_dtype(wanted, torch.device(device))
 
 
-def _kernels(wanted: Kernels, dtype: Dtype, device: str) -> Kernels:
+def _kernels(request: MemoryRequest, dtype: Dtype, device: str) -> Kernels:
     """As `engine.decoders` chooses."""
-    if wanted is Kernels.TORCH or device != "cpu" or dtype is Dtype.FLOAT16:
+    unknown = dtype is Dtype.FLOAT16 or request.kv_dtype is not KVDtype.AUTO
+    if request.kernels is Kernels.TORCH or device != "cpu" or unknown:
         return Kernels.TORCH
     try:
         load()
     except NativeUnavailable:
-        if wanted is Kernels.NATIVE:
+        if request.kernels is Kernels.NATIVE:
             raise
         return Kernels.TORCH
     return Kernels.NATIVE

@@ -51,7 +51,7 @@ class TorchDecoder:
         attention: Attention = Attention.AUTO,
     ) -> None:
         """With a `shard`, all three are of this rank's part."""
-        dtype, self._device = cache.pool.dtype, cache.pool.device
+        dtype, self._device = cache.dtype, cache.pool.device
 
         def read(name: str) -> Tensor:
             return weights.read(name).to(device=self._device, dtype=dtype)

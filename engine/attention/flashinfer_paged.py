@@ -94,7 +94,14 @@ class _Part(NamedTuple):
 class FlashInferAttention:
     """Implements `AttentionBackend`. `windows[layer]` is that layer's sliding window, or None."""
 
-    def __init__(self, cache: KVCache, heads: int, windows: Sequence[int | None], library: Library) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        heads: int,
+        windows: Sequence[int | None],
+        library: Library,
+        workspace_bytes: int = WORKSPACE_BYTES,
+    ) -> None:
         self._cache = cache
         self._heads = heads
         self._windows = tuple(windows)
@@ -103,7 +110,7 @@ class FlashInferAttention:
         self._by_token = [(keys, values) for keys, values in map(cache.by_token, layers)]
         self._by_head = [(keys.transpose(0, 1), values.transpose(0, 1)) for keys, values in map(cache.by_head, layers)]
         # All wrappers have the same work space: kernels run one after the other.
-        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=cache.pool.device)
+        self._workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=cache.pool.device)
         self._idle: list[Wrappers] = []
         """Of no step."""
 
@@ -112,7 +119,7 @@ class FlashInferAttention:
         layers = {window: layer for layer, window in enumerate(self._windows)}.values()
         for tokens in (1, min(context, layout.page_size + 1)):
             step = self.plan([Span(0, 0, tokens, [page] * layout.pages_for(tokens))], tokens)
-            query = self._cache.pool.new_zeros(tokens, self._heads, layout.head_dim)
+            query = self._cache.pool.new_zeros(tokens, self._heads, layout.head_dim, dtype=self._cache.dtype)
             key = query[:, : layout.kv_heads]
             for layer in sorted(layers):
                 step.attend(layer, query, key, key)
@@ -165,7 +172,7 @@ class FlashInferAttention:
     def _plan(
         self, wrappers: dict[int | None, Wrapper], queries: list[Tensor], spans: Sequence[Span], **settings: Any
     ) -> None:
-        layout, dtype = self._cache.layout, self._cache.pool.dtype
+        layout = self._cache.layout
         table = PageTable.of(spans, layout.page_size)
         for window, wrapper in wrappers.items():
             wrapper.plan(
@@ -177,8 +184,8 @@ class FlashInferAttention:
                 layout.page_size,
                 # Theirs counts the tokens before a query, ours the query too.
                 window_left=UNLIMITED if window is None else window - 1,
-                q_data_type=dtype,
-                kv_data_type=dtype,
+                q_data_type=self._cache.dtype,
+                kv_data_type=self._cache.pool.dtype,
                 **settings,
             )
 
@@ -206,12 +213,12 @@ class FlashInferStep:
 
 def open_flashinfer(cache: KVCache) -> Library:
     """The library, if it computes with such a cache. Raises `FlashInferUnavailable` that says why not."""
-    pool, head_dim = cache.pool, cache.layout.head_dim
-    if pool.device.type != "cuda":
-        raise FlashInferUnavailable(f"flashinfer computes on CUDA, not on {pool.device}")
-    if pool.dtype not in DTYPES or head_dim not in HEAD_DIMS:
+    device, head_dim = cache.pool.device, cache.layout.head_dim
+    if device.type != "cuda":
+        raise FlashInferUnavailable(f"flashinfer computes on CUDA, not on {device}")
+    if cache.dtype not in DTYPES or head_dim not in HEAD_DIMS:
         raise FlashInferUnavailable(
-            f"flashinfer computes bfloat16 and float16 with heads of 64, 128 or 256, not {pool.dtype} of {head_dim}"
+            f"flashinfer computes bfloat16 and float16 with heads of 64, 128 or 256, not {cache.dtype} of {head_dim}"
         )
     try:
         return importlib.import_module(MODULE)

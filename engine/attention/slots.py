@@ -29,8 +29,16 @@ class Slots(NamedTuple):
 
     def write(self, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
         """`key` and `value` [rows, kv_heads, head_dim] into a layer's [pages, page_size, kv_heads, head_dim]."""
-        keys.index_put_(self, key[: len(self.pages)])
-        values.index_put_(self, value[: len(self.pages)])
+        keys.index_put_(self, _as_stored(key[: len(self.pages)], keys.dtype))
+        values.index_put_(self, _as_stored(value[: len(self.pages)], values.dtype))
+
+
+def _as_stored(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is too large for eight bits becomes the largest that they have, not infinite."""
+    if dtype == rows.dtype:
+        return rows
+    limits = torch.finfo(dtype)
+    return rows.clamp(limits.min, limits.max).to(dtype)
 
 
 def _repeat_pages(span: Span, page_size: int) -> Integers:

@@ -74,7 +74,7 @@ class TorchPagedAttention:
         self._windows = tuple(windows)
         self._by_head = [cache.by_head(layer) for layer in range(cache.layout.layers)]
         self._by_token = [(keys, values) for keys, values in map(cache.by_token, range(cache.layout.layers))]
-        self._workspace = torch.empty(0, dtype=cache.pool.dtype, device=cache.pool.device)
+        self._workspace = cache.pool.new_empty(0)
 
     def warm_up(self, page: int, context: int) -> None:
         layout = self._cache.layout
@@ -84,7 +84,7 @@ class TorchPagedAttention:
             for queries in (1, SMALL_BLOCK_QUERIES, BLOCK_QUERIES):
                 start = max(0, stop - queries)
                 step = self.plan([Span(0, start, stop, [page] * pages)], stop - start)
-                query = self._workspace.new_zeros(stop - start, self._heads, layout.head_dim)
+                query = self._workspace.new_zeros(stop - start, self._heads, layout.head_dim, dtype=self._cache.dtype)
                 key = query[:, : layout.kv_heads]
                 for layer in layers:
                     step.attend(layer, query, key, key)
@@ -138,7 +138,7 @@ class TorchPagedAttention:
         return _WindowPlan(groups, self._to_device(order))
 
     def _blocks(self, spans: list[Span], firsts: list[int], queries: int, window: int | None) -> list[_Block]:
-        page_size = self._cache.layout.page_size
+        page_size, device = self._cache.layout.page_size, self._cache.pool.device
         # In positions relative to the first gathered key of each member.
         starts = np.array([span.start - first * page_size for span, first in zip(spans, firsts, strict=True)])
         counts = np.array([span.stop - span.start for span in spans])
@@ -156,7 +156,7 @@ class TorchPagedAttention:
             if window is not None:
                 hidden |= key <= seen[..., None] - window
             mask = np.where(hidden, np.float32(-np.inf), np.float32(0.0))[:, None]
-            blocks.append(_Block(begin, end, keys, masked_from, torch.from_numpy(mask).to(self._cache.pool)))
+            blocks.append(_Block(begin, end, keys, masked_from, torch.from_numpy(mask).to(device, self._cache.dtype)))
         return blocks
 
     def write(self, layer: int, slots: Slots, key: Tensor, value: Tensor) -> None:
@@ -171,7 +171,7 @@ class TorchPagedAttention:
             self._workspace = self._workspace.new_empty(size)
         gathered = self._workspace[:size].view(shape)
         torch.index_select(self._by_head[layer], 2, group.pages, out=gathered)
-        return gathered.view(2, layout.kv_heads, group.members, -1, layout.head_dim)
+        return gathered.to(self._cache.dtype).view(2, layout.kv_heads, group.members, -1, layout.head_dim)
 
     def _to_device(self, array: Integers) -> Tensor:
         return torch.from_numpy(array).to(self._cache.pool.device)

@@ -14,6 +14,7 @@ from cluster.layout import KVLayout
 from engine.attention.base import Span
 from engine.attention.flashinfer_paged import FlashInferAttention
 from engine.attention.grouping import PADDED_KEYS, Extent, group_by_extent
+from engine.attention.slots import Slots
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.kv_cache import KVCache
 from tests.unit.engine.fake_flashinfer import FakeFlashInfer
@@ -36,7 +37,7 @@ def formula(query, keys, values, window):
 
 def flashinfer(cache, heads, windows):
     """Over a library that computes on a CPU."""
-    return FlashInferAttention(cache, heads, windows, FakeFlashInfer())
+    return FlashInferAttention(cache, heads, windows, FakeFlashInfer(), workspace_bytes=0)
 
 
 BACKENDS = {"torch": TorchPagedAttention, "flashinfer": flashinfer}
@@ -50,9 +51,9 @@ def make(request):
 class Bench:
     """A cache full of NaN, and what each sequence has put into it."""
 
-    def __init__(self, make, page_size, pages=200, windows=(None,) * LAYERS, seed=0):
-        self.layout = KVLayout("m", "float32", page_size, LAYERS, KV_HEADS, HEAD_DIM)
-        self.cache = KVCache(self.layout, pages, torch.device("cpu"))
+    def __init__(self, make, page_size, pages=200, windows=(None,) * LAYERS, seed=0, stored="float32"):
+        self.layout = KVLayout("m", stored, page_size, LAYERS, KV_HEADS, HEAD_DIM)
+        self.cache = KVCache(self.layout, pages, torch.device("cpu"), torch.float32)
         self.windows = windows
         self.cache.pool.fill_(math.nan)
         self.backend = make(self.cache, HEADS, windows)
@@ -86,7 +87,8 @@ class Bench:
             for span, name in zip(spans, counts, strict=True):
                 rows = slice(span.row, span.row + span.stop - span.start)
                 keys, values = self.past[name][layer]
-                keys, values = torch.cat((keys, key[rows])), torch.cat((values, value[rows]))
+                key_kept, value_kept = (kept[rows].to(self.cache.pool.dtype).float() for kept in (key, value))
+                keys, values = torch.cat((keys, key_kept)), torch.cat((values, value_kept))
                 past = self.past[name] = list(self.past[name])
                 past[layer] = (keys, values)
                 expected = formula(query[rows], keys, values, self.windows[layer])
@@ -116,6 +118,21 @@ def test_a_sliding_window_in_some_layers(window, make):
     bench.step(a=30, b=1, c=1)
     for _ in range(9):
         bench.step(a=1, b=1, c=1)
+
+
+def test_keys_and_values_of_eight_bits(make):
+    """What is attended to is what eight bits keep, to the accuracy of float32."""
+    bench = Bench(make, 8, windows=(None, 5, None), stored="float8_e4m3fn")
+    bench.step(long=70, short=3)
+    bench.step(short=1, long=9)
+    bench.step(short=1, long=1)
+
+
+def test_what_eight_bits_cannot_say_is_the_largest_that_they_can():
+    pool = torch.zeros(2, 4, 1, 2, dtype=torch.float8_e4m3fn)
+    rows = torch.tensor([[[1e6, -1e6]]])
+    Slots.of([Span(0, 5, 6, [0, 1])], 4, torch.device("cpu")).write(pool, pool, rows, rows)
+    assert pool[1, 1, 0].float().tolist() == [448.0, -448.0]
 
 
 def test_very_different_lengths_are_several_groups_and_come_back_in_order():

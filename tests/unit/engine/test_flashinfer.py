@@ -38,7 +38,7 @@ def cache():
 
 
 def test_a_step_is_planned_once_and_its_layers_run_over_the_pool_itself(library, cache):
-    backend = FlashInferAttention(cache, HEADS, WINDOWS, library)
+    backend = FlashInferAttention(cache, HEADS, WINDOWS, library, workspace_bytes=0)
     step = backend.plan(SPANS, 9)
     for layer in range(LAYERS):
         step.attend(layer, *rows(9, layer))
@@ -59,7 +59,7 @@ def test_a_step_is_planned_once_and_its_layers_run_over_the_pool_itself(library,
 
 def test_a_step_between_the_layers_of_another_changes_neither(library, cache):
     """As when a short prompt overtakes; after it, wrappers are used again."""
-    backend = FlashInferAttention(cache, HEADS, (None,) * LAYERS, library)
+    backend = FlashInferAttention(cache, HEADS, (None,) * LAYERS, library, workspace_bytes=0)
     reference = TorchPagedAttention(KVCache(LAYOUT, 8, torch.device("cpu")), HEADS, (None,) * LAYERS)
     overtaking = [Span(0, 0, 3, [6]), Span(3, 0, 1, [7])]
 
@@ -79,7 +79,7 @@ def test_a_step_between_the_layers_of_another_changes_neither(library, cache):
 
 def test_decode_uses_tensor_cores_where_many_heads_share_keys(library, cache):
     for heads in (8, 6):
-        FlashInferAttention(cache, heads, (None,) * LAYERS, library).warm_up(0, 100)
+        FlashInferAttention(cache, heads, (None,) * LAYERS, library, workspace_bytes=0).warm_up(0, 100)
     made = [call for call in library.calls if call.method == "__init__" and "Decode" in call.wrapper]
     assert [call.settings["use_tensor_cores"] for call in made] == [True, False]
     # What is compiled at the first use is compiled by then: both kinds of kernels have run.
@@ -96,7 +96,7 @@ def test_without_a_gpu_torch_attends_unless_flashinfer_is_asked_for(cache):
 def test_the_library_takes_what_it_is_given(library, cache):
     """Where flashinfer is installed: its methods have parameters of these names and in this order."""
     real = pytest.importorskip("flashinfer")
-    backend = FlashInferAttention(cache, HEADS, WINDOWS, library)
+    backend = FlashInferAttention(cache, HEADS, WINDOWS, library, workspace_bytes=0)
     step = backend.plan(SPANS, 9)
     for layer in range(LAYERS):
         step.attend(layer, *rows(9, layer))

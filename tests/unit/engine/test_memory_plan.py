@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from cluster.config import Dtype, Kernels, WeightsFrom
+from cluster.config import Dtype, Kernels, KVDtype, WeightsFrom
 from cluster.errors import ConfigError
 from cluster.layout import KVLayout
 from cluster.memory_plan import MemoryRequest
@@ -84,6 +84,16 @@ def test_an_engine_has_the_pool_that_was_planned_for_its_requests(tmp_path):
     assert plan.ranks[0].pool == engine.pool_bytes
 
 
+def test_kv_of_eight_bits_takes_half_the_room(tmp_path):
+    make_model(MODELS["llama"]).save_pretrained(tmp_path)
+    plans = [planned(tmp_path, dtype=Dtype.BFLOAT16, kv_dtype=kv_dtype) for kv_dtype in KVDtype]
+    assert [plan.kv_dtype for plan in plans] == ["bfloat16", "float8_e4m3fn"]
+    assert plans[0].token == 2 * plans[1].token
+    engine = make_engine(tmp_path, dtype=Dtype.BFLOAT16, kv_dtype=KVDtype.FLOAT8, page_size=16)
+    assert plans[1].ranks[0].page == engine.page_bytes
+    assert plans[1].kernels == engine.kernels.value
+
+
 def test_what_fits_on_a_gpu_and_what_does_not(tmp_path):
     """A model of the shape of Llama-3-8B, of which there is only config.json."""
     shape = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -127,5 +137,3 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path):
         planned(tmp_path, tensor_parallel=7)
     with pytest.raises(ConfigError, match="a context of 257 tokens is more than the model's 256"):
         planned(tmp_path, context=257)
-    with pytest.raises(ConfigError, match="KV of int3 is not supported, only of float32"):
-        planned(tmp_path, kv_dtype="int3")

@@ -8,7 +8,7 @@ import gguf
 import pytest
 import torch
 
-from cluster.config import Dtype, Kernels, WeightsFrom
+from cluster.config import Dtype, Kernels, KVDtype, WeightsFrom
 from cluster.errors import ModelError
 from engine.weights import open_model
 from tests.unit.engine.tiny import MODELS, SIZES, make_engine, make_model, prompts, run, sequence
@@ -113,11 +113,19 @@ def test_gguf_files_hold_the_same_model_as_folders(name, architecture, metadata,
     assert list(found.values()) == [generated(model, prompt) for prompt in asked]
 
 
-@pytest.mark.parametrize("dtype", [Dtype.BFLOAT16, Dtype.FLOAT16])
-def test_half_precision_stays_close(dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "distance"),
+    [
+        # bfloat16 keeps 8 bits, float16 keeps 11, keys and values of eight bits keep 4; the logits here are about 10.
+        (Dtype.BFLOAT16, KVDtype.AUTO, 0.5),
+        (Dtype.FLOAT16, KVDtype.AUTO, 0.06),
+        (Dtype.FLOAT32, KVDtype.FLOAT8, 1.0),
+    ],
+)
+def test_fewer_bits_stay_close(dtype, kv_dtype, distance, tmp_path):
     model = make_model(MODELS["llama"])
     model.save_pretrained(tmp_path)
-    engine = make_engine(tmp_path, dtype=dtype)
+    engine = make_engine(tmp_path, dtype=dtype, kv_dtype=kv_dtype)
     (prompt,) = prompts(30)
     engine.submit(sequence("a", prompt, 1, logprobs=128))
     engine.step()
@@ -127,8 +135,7 @@ def test_half_precision_stays_close(dtype, tmp_path):
     found = torch.empty(128)
     for token, logprob in result.sampled[0].logprobs.top:
         found[token] = logprob
-    # Half precision keeps 8 (bfloat16) or 11 bits; the logits here are about 10.
-    assert (found - expected).abs().max() < (0.5 if dtype is Dtype.BFLOAT16 else 0.06)
+    assert (found - expected).abs().max() < distance
 
 
 def test_dummy_weights_need_a_config_only_and_are_the_same_everywhere(tmp_path):
