@@ -5,7 +5,8 @@
 #   --build-arg CPU_IMAGE=python:3.11-slim-bookworm@sha256:...
 # Health is asked by whoever runs them (/live and /ready, see deploy/kubernetes): there is no HEALTHCHECK.
 ARG CPU_IMAGE=python:3.11-slim-bookworm
-# With nvcc: flashinfer compiles its kernels when they are first used.
+# With nvcc: flashinfer compiles its kernels when they are first used. Mooncake's wheel for GPUs is built for CUDA 12: for
+# kv.transfer: mooncake, choose an image of that.
 ARG GPU_IMAGE=nvidia/cuda:13.0.0-devel-ubuntu24.04
 
 # g++ stays in the images: on a processor other than the build machine's, workers compile the native kernels anew.

@@ -20,6 +20,8 @@ annotations:
 serviceAccountName: {{ include "baton.serviceAccountName" .root }}
 automountServiceAccountToken: false
 enableServiceLinks: false
+# Else a worker would be process 1, on which SIGTERM has no effect until it has a handler: while Python imports.
+shareProcessNamespace: true
 securityContext:
   runAsNonRoot: true
   runAsUser: {{ int $values.pods.runAsUser }}

@@ -42,7 +42,7 @@ spec:
             - --listen={{ .root.Values.listenAddress }}
             - --port={{ int $settings.port }}
           ports:
-            - {name: http, containerPort: {{ int $settings.port }}}
+            - {name: http, containerPort: {{ int $settings.port }}, protocol: TCP}
           startupProbe:
             {{- include "baton.ask" (dict "path" "/ready" "scheme" $scheme) | nindent 12 }}
             periodSeconds: 2
@@ -70,5 +70,5 @@ spec:
   selector:
     {{- include "baton.componentSelector" . | nindent 4 }}
   ports:
-    - {name: http, port: {{ int $settings.port }}, targetPort: http}
+    - {name: http, port: {{ int $settings.port }}, targetPort: http, protocol: TCP}
 {{- end -}}
