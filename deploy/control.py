@@ -12,6 +12,7 @@ What was asked for is done to its end, also when who asked is gone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -112,11 +113,12 @@ class Control:
         working.add_done_callback(self._working.discard)
         response = web.StreamResponse()
         await response.prepare(request)
-        done = False
-        while not done:
-            news = await told.get()
-            await response.write(msgspec.json.encode(news) + b"\n")
-            done = news.done
+        with contextlib.suppress(ConnectionResetError):  # who asked is gone
+            while True:
+                news = await told.get()
+                await response.write(msgspec.json.encode(news) + b"\n")
+                if news.done:
+                    break
         return response
 
 
