@@ -140,6 +140,7 @@ class DecodeLoop:
             self._stale += 1
             return
         try:
+            self._require_our_life(fence)
             self._require_new(fence)
             self._engine.require_computable(_sequence(message, now))
             if self._quarantine.closing:
@@ -154,11 +155,13 @@ class DecodeLoop:
         if self._early.pop(fence, None) is not None:
             self._feed(fence, state.OfferArrived(), now)
 
-    def _require_new(self, fence: Fence) -> None:
-        """For an attempt that has ended here no offer will come any more: it would wait for one without end."""
+    def _require_our_life(self, fence: Fence) -> None:
         if fence.decode_epoch != self._epoch:
             self._stale += 1
             raise StaleFence(f"this worker's epoch is {self._epoch}: the attempt is for another life of it")
+
+    def _require_new(self, fence: Fence) -> None:
+        """For an attempt that has ended here no offer will come any more: it would wait for one without end."""
         if fence in self._ended:
             self._stale += 1
             raise StaleFence(f"the attempt {fence} has ended here")
