@@ -32,6 +32,7 @@ MOST_CRASHES = 3
 _LAST_WORDS = 15
 _OWNED = ("app.kubernetes.io/name", "app.kubernetes.io/instance")
 """The labels that tell one installation's objects."""
+_AUTOSCALERS = ("HorizontalPodAutoscaler", "ScaledObject")
 _MANAGER = "app.kubernetes.io/managed-by"
 _POOLS = (ProcessKind.PREFILL, ProcessKind.DECODE)
 _STOP_ORDER = ((ProcessKind.ROUTER,), _POOLS, (ProcessKind.BOOTSTRAP,))
@@ -70,6 +71,7 @@ class KubernetesCluster:
 
     async def scale(self, sizes: Sizes) -> None:
         require_sizes(self._topology, sizes)
+        self._require_no_autoscaler()
         view = await self.view()
         wanted = {ProcessKind(role.value): size for role, size in sizes.items()}
         for kind, size in wanted.items():
@@ -157,6 +159,10 @@ class KubernetesCluster:
             raise LaunchError(
                 f"Helm has installed {release}, and knows what belongs to it: use helm upgrade or uninstall"
             )
+
+    def _require_no_autoscaler(self) -> None:
+        if any(made["kind"] in _AUTOSCALERS for made in self._objects):
+            raise LaunchError("the pools have autoscalers (autoscaling.kind of the values), which would undo it")
 
     async def _resize(self, deployment: Deployment, leaving: Sequence[str], size: int) -> None:
         if leaving:

@@ -13,7 +13,7 @@ import sys
 from tests.kubernetes.packages import Lacking, servers
 
 TESTS = ("tests/kubernetes",)
-OPTIONS = ("-v", "-m", "kubernetes", "-p", "no:cacheprovider", "-o", "timeout=600")
+OPTIONS = ("-v", "-m", "kubernetes", "-p", "no:cacheprovider", "-o", "timeout=1200")
 _PREPARE = """
 set -e
 mount -t tmpfs tmpfs /run

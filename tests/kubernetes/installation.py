@@ -24,7 +24,7 @@ from deploy.launchers.kubernetes import KubernetesCluster, KubernetesLauncher, r
 from tests.kubernetes.control_plane import ControlPlane
 from tests.process.api import Api
 
-PATIENCE = 240.0
+PATIENCE = 480.0
 """For anything that pods do; where others work, too, an engine takes its time to start."""
 TOPOLOGY = Path(__file__).parents[2] / "deploy" / "topologies" / "demo.yaml"
 METRONOME = str(Path(__file__).parent / "stand_ins" / "metronome_worker.py")

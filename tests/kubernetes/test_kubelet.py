@@ -66,7 +66,8 @@ def toy(kubernetes, namespace):
     def make(replicas, pod=POD):
         kubernetes.kubectl("apply", "-n", namespace, "-f", "-", given=yaml.safe_dump_all(objects(replicas, pod)))
         kubernetes.kubectl("rollout", "status", "-n", namespace, "deployment/toy", f"--timeout={PATIENCE:g}s")
-        return kubernetes.get("pods", "-n", namespace)["items"]
+        pods = kubernetes.get("pods", "-n", namespace)["items"]
+        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
     return make
 
@@ -111,6 +112,8 @@ def test_a_container_has_files_of_its_own_and_may_not_change_the_machine(kuberne
     for path in (f"write{tmp_path}/a", "write/etc/a", f"write{SERVER}", f"read{tmp_path}"):
         with pytest.raises(urllib.error.HTTPError):
             ask(address, path)
+    (sharing,) = toy(1, {**POD, "shareProcessNamespace": True})
+    assert SERVER not in ask(f"{sharing['status']['podIP']}:8000", "read/proc/1/cmdline")
 
 
 def test_who_ends_or_hangs_is_started_anew_in_the_same_place(kubernetes, namespace, toy):

@@ -24,9 +24,9 @@ from tests.kubernetes.kubelet.spec import Resolver, expand
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 10.0
 """A real kubelet's are 10 s and 300 s."""
+POLL_SECONDS = 0.05
 LIVED_SECONDS = 60.0
 """Who has lived so long starts anew with the first pause."""
-_KILLED_BY = 128
 
 
 class Image(NamedTuple):
@@ -65,6 +65,7 @@ class Container:
         self._spec = spec
         self._around = around
         self._changed = changed
+        self._shared = bool(around.pod["spec"].get("shareProcessNamespace"))
         self._restarts = 0
         self._state: Json = {"waiting": {"reason": "ContainerCreating"}}
         self._last_state: Json = {}
@@ -118,7 +119,7 @@ class Container:
 
     async def execute(self, command: Sequence[str]) -> bool:
         """Runs a command beside the container's own; whether it succeeds."""
-        if self._process is None or (first := _first_process(self._process)) is None:
+        if self._process is None or (first := _first_child(self._process.pid)) is None:
             return False
         enter = ["nsenter", f"--target={first}", "--mount", "--uts", "--ipc", "--net", "--pid", "--root", "--wd"]
         process = await asyncio.create_subprocess_exec(
@@ -130,6 +131,8 @@ class Container:
         hook = self._spec.get("lifecycle", {}).get("preStop")
         if hook and process.returncode is None:
             await answers(hook, self.execute, self._around.address, self._spec, None)
+        while process.returncode is None and self._own_process(process) is None:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(POLL_SECONDS)
         self._signal(process, signal.SIGTERM)
         await process.wait()
 
@@ -145,7 +148,7 @@ class Container:
         code = await process.wait()
         probing.cancel()
         await asyncio.gather(probing, return_exceptions=True)
-        self.exit_code = code if code >= 0 else _KILLED_BY - code
+        self.exit_code = code if code >= 0 else inside.KILLED_BY - code
         self.ready = self.started = False
         ended = {"exitCode": self.exit_code, "startedAt": begun, "finishedAt": now()}
         self._state = {"terminated": {**ended, "reason": "Completed" if code == 0 else "Error"}}
@@ -167,6 +170,7 @@ class Container:
             "root": str(root),
             "layers": image.layers,
             "hosts": str(around.hosts),
+            "shared": self._shared,
             "read_only": bool(context.get("readOnlyRootFilesystem")),
             "volumes": sorted(mounts, key=lambda mount: mount[1]),
             "hostname": around.pod["spec"].get("hostname") or around.pod["metadata"]["name"],
@@ -206,16 +210,24 @@ class Container:
         self._signal(process, signal.SIGKILL)
 
     def _signal(self, process: Process, number: signal.Signals) -> None:
-        """To the container's first process; without it, all others end too."""
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(_first_process(process) or process.pid, number)
+        """SIGKILL to the first process of the pid namespace, without which all others end; others to the container's
+        own, which in a namespace that it shares is not the first."""
+        if process.returncode is not None:
+            return
+        receiver = _first_child(process.pid) if number is signal.SIGKILL else self._own_process(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(receiver or process.pid, number)
+
+    def _own_process(self, process: Process) -> int | None:
+        """None: it is not there yet."""
+        first = _first_child(process.pid)
+        return _first_child(first) if first and self._shared else first
 
 
-def _first_process(process: Process) -> int | None:
-    """The process with which the container's pid namespace began, by its number outside of it."""
+def _first_child(pid: int) -> int | None:
+    """By its number outside of its pid namespace."""
     try:
-        children = psutil.Process(process.pid).children()
+        children = psutil.Process(pid).children()
     except psutil.NoSuchProcess:
         return None
     return children[0].pid if children else None

@@ -1,4 +1,5 @@
-"""The first program in a container: makes its file system, then becomes the container's own program.
+"""The first program in a container: makes its file system, then becomes the container's own program, or where the pod's
+processes are to share one pid namespace, the parent of it, as the pause container is.
 
 Runs as `python -I inside.py JOB` in new mount and pid namespaces, alone. There is no image: its place is taken by this
 machine's files, read-only or not as the pod asks, with a /proc, /dev/shm and /tmp of its own. Volumes are bound where
@@ -20,6 +21,8 @@ from typing import Any
 _BIND, _RECURSIVE = 4096, 16384
 _MOUNT_SETATTR, _AT_RECURSIVE, _READ_ONLY = 442, 0x8000, 1
 """See mount(2) and mount_setattr(2)."""
+KILLED_BY = 128
+"""The exit code of a program that a signal has killed is so much more than the signal's number."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -95,6 +98,15 @@ def _mount(source: str, target: Path, kind: str | None, flags: int) -> None:
         raise OSError(number, f"can't mount {source} at {target}: {os.strerror(number)}")
 
 
+def _be_parent_until_the_end_of(child: int) -> None:
+    """And of whoever has lost theirs. Does not return."""
+    while True:
+        ended, status = os.wait()
+        if ended == child:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else KILLED_BY - code)
+
+
 def main(job: dict[str, Any]) -> None:
     """See `container.py` for what a job is. Does not return."""
     root = Root(Path(job["root"]))
@@ -119,6 +131,8 @@ def main(job: dict[str, Any]) -> None:
     socket.sethostname(job["hostname"])
     if job["folder"]:
         os.chdir(job["folder"])
+    if job["shared"] and (child := os.fork()):
+        _be_parent_until_the_end_of(child)
     try:
         os.execvpe(job["command"][0], job["command"], job["environment"])
     except OSError as error:
