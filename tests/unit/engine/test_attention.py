@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import random
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.layout import KVLayout
 from engine.attention.base import Span
 from engine.attention.flashinfer_paged import FlashInferAttention
 from engine.attention.grouping import PADDED_KEYS, Extent, group_by_extent
 from engine.attention.slots import Slots
 from engine.attention.torch_paged import TorchPagedAttention
-from engine.kv_cache import KVCache
+from tests.unit.engine.attention_bench import Bench
 from tests.unit.engine.fake_flashinfer import FakeFlashInfer
-
-HEADS, KV_HEADS, HEAD_DIM, LAYERS = 6, 2, 16, 3
-
-
-def formula(query, keys, values, window):
-    """Softmax attention of the last len(query) positions over all keys. [tokens, heads, head_dim] each."""
-    output = torch.empty_like(query)
-    for index in range(len(query)):
-        position = len(keys) - len(query) + index
-        first = 0 if window is None else max(0, position - window + 1)
-        for head in range(query.shape[1]):
-            shared = head // (HEADS // KV_HEADS)
-            scores = keys[first : position + 1, shared] @ query[index, head] / math.sqrt(HEAD_DIM)
-            output[index, head] = scores.softmax(0) @ values[first : position + 1, shared]
-    return output
 
 
 def flashinfer(cache, heads, windows):
@@ -46,53 +27,6 @@ BACKENDS = {"torch": TorchPagedAttention, "flashinfer": flashinfer}
 @pytest.fixture(params=BACKENDS)
 def make(request):
     return BACKENDS[request.param]
-
-
-class Bench:
-    """A cache full of NaN, and what each sequence has put into it."""
-
-    def __init__(self, make, page_size, pages=200, windows=(None,) * LAYERS, seed=0, stored="float32"):
-        self.layout = KVLayout("m", stored, page_size, LAYERS, KV_HEADS, HEAD_DIM)
-        self.cache = KVCache(self.layout, pages, torch.device("cpu"), torch.float32)
-        self.windows = windows
-        self.cache.pool.fill_(math.nan)
-        self.backend = make(self.cache, HEADS, windows)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.free = list(range(pages))
-        random.Random(seed).shuffle(self.free)
-        self.pages: dict[str, list[int]] = {}
-        self.past: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-
-    def step(self, **counts):
-        """Computes `counts[name]` further tokens of each sequence and compares all layers."""
-        spans, row = [], 0
-        for name, count in counts.items():
-            past = self.past.setdefault(name, [(torch.empty(0, KV_HEADS, HEAD_DIM),) * 2] * LAYERS)
-            start = len(past[0][0])
-            pages = self.pages.setdefault(name, [])
-            # One more than needed: what a sequence owns and has not begun must not matter.
-            while len(pages) < self.layout.pages_for(start + count) + 1:
-                pages.append(self.free.pop())
-            spans.append(Span(row, start, start + count, pages))
-            row += count
-        padding = row % 3
-        step = self.backend.plan(spans, row + padding)
-        for layer in range(LAYERS):
-            query, key, value = (
-                torch.randn(row + padding, heads, HEAD_DIM, generator=self.generator)
-                for heads in (HEADS, KV_HEADS, KV_HEADS)
-            )
-            found = step.attend(layer, query, key, value)
-            assert found.is_contiguous()
-            for span, name in zip(spans, counts, strict=True):
-                rows = slice(span.row, span.row + span.stop - span.start)
-                keys, values = self.past[name][layer]
-                key_kept, value_kept = (kept[rows].to(self.cache.pool.dtype).float() for kept in (key, value))
-                keys, values = torch.cat((keys, key_kept)), torch.cat((values, value_kept))
-                past = self.past[name] = list(self.past[name])
-                past[layer] = (keys, values)
-                expected = formula(query[rows], keys, values, self.windows[layer])
-                torch.testing.assert_close(found[rows], expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
