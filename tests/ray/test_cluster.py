@@ -47,8 +47,15 @@ async def test_a_worker_for_which_no_node_has_room_is_named_with_what_it_waits_f
     assert "decode-1, which waits for a node with 1 CPU and 1 unobtainium free" in baton.output
 
 
-async def test_no_ray_cluster_is_one_plain_line(tmp_path):
+@pytest.mark.parametrize(
+    ("address", "code", "error"),
+    [
+        ("127.0.0.1:1", 1, "error: no Ray cluster at 127.0.0.1:1 of which this machine is a node: start one with"),
+        ("ray://head:10001", 2, "error: ray.address: expected auto, or HOST:PORT of the head's GCS, found ray://"),
+    ],
+)
+async def test_no_ray_cluster_is_one_plain_line(tmp_path, address, code, error):
     baton = Baton(tmp_path)
-    await baton.start("up", "t.yaml", "--set", "launch=ray", "--set", "ray.address=127.0.0.1:1")
-    assert await baton.ends() == 1
-    assert baton.output.startswith("error: no Ray cluster at 127.0.0.1:1 of which this machine is a node: start one")
+    await baton.start("up", "t.yaml", "--set", "launch=ray", "--set", f"ray.address={address}")
+    assert await baton.ends() == code
+    assert baton.output.startswith(error) and len(baton.output.splitlines()) == 1
