@@ -22,6 +22,7 @@ log = get_logger(__name__)
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST_FLOAT8 = 448.0
+FLOAT8_ALIGNMENT = 4
 INT4_LEVELS = 16
 INT4_MIDDLE = 8
 INT4_INNER_TILES = 8
@@ -74,7 +75,8 @@ class Float8Blocks:
 
     def __init__(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> None:
         self._codes = matrix.codes.contiguous()
-        self._scales = matrix.scales.contiguous()
+        # Each row of blocks begins at a multiple of so many scales.
+        self._scales = functional.pad(matrix.scales, (0, -matrix.scales.shape[1] % FLOAT8_ALIGNMENT)).contiguous()
         self.nbytes = self._codes.nbytes + self._scales.nbytes
 
     def __call__(self, inputs: Tensor) -> Tensor:
