@@ -114,13 +114,10 @@ class Templates:
     # --- values ------------------------------------------------------------------------------------------------------
 
     def _at(self, place: Place, value: Value, dot: object, scope: Scope) -> Any:
-        """The value, or a `TemplateError` that names the place; one from an included template has named its own."""
+        """Raises `TemplateError` with the place of what is wrong, which may be in an included template."""
         try:
             return self._value(value, dot, scope)
-        except TemplateError as error:
-            text = str(error)
-            raise TemplateError(text if ".yaml:" in text or ".tpl:" in text else f"{place}: {text}") from error
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise TemplateError(f"{place}: {error.args[0] if error.args else error}") from error
 
     def _value(self, value: Value, dot: object, scope: Scope) -> Any:
@@ -137,7 +134,7 @@ class Templates:
             result = self._value(first, dot, scope)
             for command in others:
                 if not isinstance(command, Call):
-                    raise TemplateError("only a function can take what comes by a pipe")
+                    raise TypeError("only a function can take what comes by a pipe")
                 result = self._call(command, dot, scope, result)
             return result
         return self._call(value, dot, scope)
@@ -147,24 +144,17 @@ class Templates:
             return self._first(call, dot, scope, *piped)
         function = self._functions.get(call.function)
         if function is None:
-            raise TemplateError(f"unknown function {call.function}")
+            raise LookupError(f"unknown function {call.function}")
         return function(*(self._value(argument, dot, scope) for argument in call.arguments), *piped)
 
     def _first(self, call: Call, dot: object, scope: Scope, *piped: object) -> Any:
         """`and`: the first empty argument, or else the last; `or`: the first that is not. The rest is not looked at."""
         result: Any = None
-        for argument in (*call.arguments, *map(_Known, piped)):
-            result = argument.value if isinstance(argument, _Known) else self._value(argument, dot, scope)
+        for argument in (*call.arguments, *map(Literal, piped)):
+            result = self._value(argument, dot, scope)
             if bool(result) is (call.function == "or"):
                 break
         return result
-
-
-class _Known:
-    """An argument whose value is there."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
 
 
 def _field(of: Any, name: str) -> Any:
@@ -172,5 +162,5 @@ def _field(of: Any, name: str) -> Any:
     if isinstance(of, Mapping):
         return of.get(name)
     if of is None:
-        raise TemplateError(f"nothing there that could have .{name}")
-    raise TemplateError(f".{name} of {type(of).__name__}, which has no keys")
+        raise LookupError(f"nothing there that could have .{name}")
+    raise TypeError(f".{name} of {type(of).__name__}, which has no keys")

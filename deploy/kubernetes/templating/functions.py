@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from deploy.kubernetes.templating.syntax import TemplateError
 from deploy.kubernetes.templating.yaml_text import read, written
 
 
@@ -58,13 +57,7 @@ def _from_yaml(text: str) -> dict[str, Any]:
 
 
 def _fail(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _required(message: str, value: object) -> object:
-    if value is None or value == "":
-        raise TemplateError(message)
-    return value
+    raise ValueError(message)
 
 
 def _dict(*pairs: Any) -> dict[str, Any]:
@@ -72,9 +65,8 @@ def _dict(*pairs: Any) -> dict[str, Any]:
 
 
 def _printf(form: str, *values: object) -> str:
-    return form.replace("%v", "%s").replace("%q", '"%s"') % tuple(
-        text_of(value) if not isinstance(value, (int, float)) or isinstance(value, bool) else value for value in values
-    )
+    """Of Go's verbs, %s and %v alone."""
+    return form.replace("%v", "%s") % tuple(map(text_of, values))
 
 
 def _indent(spaces: int, text: str) -> str:
@@ -125,7 +117,6 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "randAlphaNum": lambda count: "".join(
             secrets.choice(string.ascii_letters + string.digits) for _ in range(count)
         ),
-        "required": _required,
         "sha256sum": lambda text: hashlib.sha256(text.encode()).hexdigest(),
         "ternary": lambda yes, no, condition: yes if condition else no,
         "toYaml": written,

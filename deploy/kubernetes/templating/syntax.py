@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 from cluster.errors import ConfigError
 
@@ -21,14 +21,14 @@ class Place(NamedTuple):
 
 
 class TemplateError(ConfigError):
-    """A template that can't be rendered, by its own `fail` or because it is wrong."""
+    """A template that can't be rendered, by its own `fail` or because it is wrong. It begins with the place."""
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
 class Literal(NamedTuple):
-    value: str | int | float | bool | None
+    value: Any
 
 
 class Variable(NamedTuple):
