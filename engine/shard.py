@@ -8,7 +8,6 @@ Megatron-LM, arXiv:1909.08053.)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import msgspec
 import torch
@@ -18,19 +17,12 @@ from cluster.errors import ConfigError
 from cluster.shards import even_range, key_value_heads, query_heads
 from engine.group import Group
 from engine.model_config import ModelConfig
-from engine.weights.base import Shape, Weights
+from engine.weights.base import Part, Shape, Weights
 from engine.weights.quantized.matrix import QuantizedMatrix
 
 INNER_UNIT = 32
 """Inner values of an MLP are divided in such blocks: those of quantised checkpoints are of so many, or of multiples."""
 VOCABULARY_UNIT = 16
-
-
-class Part(NamedTuple):
-    """Of a parameter: indices `part` along `axis`."""
-
-    axis: int
-    part: range
 
 
 class Shard:
@@ -79,23 +71,21 @@ class ShardedWeights:
     def shapes(self) -> Mapping[str, Shape]:
         return {name: self._shape(name, shape) for name, shape in self._weights.shapes().items()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, part: Part | None = None) -> Tensor:
         if self._is_added_once(name) and self._shard.group.rank > 0:
             return torch.zeros(self._weights.shapes()[name])
-        found = self._part(name)
-        whole = self._weights.read(name)
-        return whole if found is None else whole.narrow(found.axis, found.part.start, len(found.part)).clone()
+        own = self._part(name)
+        if own is None or part is None:
+            return self._weights.read(name, own or part)
+        return part.of(self._weights.read(name, own))
 
     def quantized(self, name: str) -> QuantizedMatrix | None:
-        matrix, found = self._weights.quantized(name), self._part(name)
-        if matrix is None or found is None:
-            return matrix
-        cut = matrix.rows if found.axis == 0 else matrix.columns
-        return cut(found.part.start, found.part.stop)
+        matrix, own = self._weights.quantized(name), self._part(name)
+        return matrix if matrix is None or own is None else own.of_matrix(matrix)
 
     def _shape(self, name: str, shape: Shape) -> Shape:
-        found = self._part(name)
-        return shape if found is None else (*shape[: found.axis], len(found.part), *shape[found.axis + 1 :])
+        own = self._part(name)
+        return shape if own is None else own.shape(shape)
 
     def _part(self, name: str) -> Part | None:
         """None: all of it."""
@@ -103,15 +93,15 @@ class ShardedWeights:
         module = module.rpartition(".")[2]
         shard = self._shard
         if module in ("embed_tokens", "lm_head"):
-            return Part(0, shard.vocabulary)
+            return _part(0, shard.vocabulary)
         if module in ("gate_proj", "up_proj"):
-            return Part(0, shard.inner)
+            return _part(0, shard.inner)
         if module in ("q_proj", "k_proj", "v_proj"):
-            return Part(0, self._values(shard.query_heads if module == "q_proj" else shard.kv_heads))
+            return _part(0, self._values(shard.query_heads if module == "q_proj" else shard.kv_heads))
         if kind == "weight" and module == "o_proj":
-            return Part(1, self._values(shard.query_heads))
+            return _part(1, self._values(shard.query_heads))
         if kind == "weight" and module == "down_proj":
-            return Part(1, shard.inner)
+            return _part(1, shard.inner)
         return None
 
     def _values(self, heads: range) -> range:
@@ -122,3 +112,7 @@ class ShardedWeights:
     def _is_added_once(name: str) -> bool:
         """A bias of a product whose results are added up over the ranks."""
         return name.endswith(("o_proj.bias", "down_proj.bias"))
+
+
+def _part(axis: int, indices: range) -> Part:
+    return Part(axis, indices.start, indices.stop)

@@ -25,6 +25,25 @@ SAMPLED_BLOCKS = 64
 BLOCK_BYTES = 4096
 
 
+class Part(NamedTuple):
+    """Of a parameter: indices [start, stop) along `axis`, 0 or 1."""
+
+    axis: int
+    start: int
+    stop: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        """In memory of its own, so that the rest can be given back."""
+        return whole.narrow(self.axis, self.start, self.stop - self.start).clone()
+
+    def of_matrix(self, whole: QuantizedMatrix) -> QuantizedMatrix:
+        cut = whole.rows if self.axis == 0 else whole.columns
+        return cut(self.start, self.stop)
+
+    def shape(self, whole: Shape) -> Shape:
+        return (*whole[: self.axis], self.stop - self.start, *whole[self.axis + 1 :])
+
+
 class Weights(Protocol):
     """A checkpoint's parameters. Used while the model is built; owns open files until it is dropped."""
 
@@ -34,9 +53,9 @@ class Weights(Protocol):
     def shapes(self) -> Mapping[str, Shape]:
         """Of all parameters."""
 
-    def read(self, name: str) -> Tensor:
-        """One parameter, on CPU, in a float dtype: its own, or float32 if it is quantised. Raises `ModelError` for a
-        damaged file."""
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        """One parameter or a part of it, on CPU, in a float dtype: its own, or float32 if it is quantised. Raises
+        `ModelError` for a damaged file."""
 
     def quantized(self, name: str) -> QuantizedMatrix | None:
         """A matrix as it is stored, if it is quantised; else None."""

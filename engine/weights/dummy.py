@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.model_config import ModelConfig
-from engine.weights.base import Shape, identity_of, parameter_shapes
+from engine.weights.base import Part, Shape, identity_of, parameter_shapes
 
 SCALE = 0.02
 """Standard deviation; that of transformers' initialisation."""
@@ -33,7 +33,11 @@ class DummyWeights:
     def kept_bytes(self) -> Mapping[str, int]:
         return {}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        whole = self._whole(name)
+        return whole if part is None else part.of(whole)
+
+    def _whole(self, name: str) -> Tensor:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
             return torch.ones(shape)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster.errors import ModelError
 from engine.model_config import GGUFTensors, ModelConfig, from_gguf
-from engine.weights.base import ModelFiles, Shape, identity_of
+from engine.weights.base import ModelFiles, Part, Shape, identity_of
 
 ROPE_DIVISORS = "rope_freqs.weight"
 
@@ -84,10 +84,13 @@ class GGUFWeights:
     def kept_bytes(self) -> Mapping[str, int]:
         return {}
 
-    def read(self, name: str) -> Tensor:
-        weight = torch.from_numpy(_dequantize(self._tensors[name]))
+    def read(self, name: str, part: Part | None = None) -> Tensor:
+        tensor = self._tensors[name]
+        weight = torch.from_numpy(_dequantize(tensor) if part is None else _dequantize_part(tensor, part))
         heads = self._rotated_heads.get(name.split(".")[-2])
-        return weight if heads is None else _unpermute(weight, heads)
+        if heads is None:
+            return weight
+        return _unpermute(weight, heads * weight.shape[0] // _shape(tensor)[0])
 
     def quantized(self, name: str) -> None:
         return None
@@ -101,11 +104,27 @@ def _unpermute(weight: Tensor, heads: int) -> Tensor:
 
 def _dequantize(tensor: gguf.ReaderTensor) -> np.ndarray:
     """float32, in memory of its own."""
+    return _values(tensor, tensor.data).reshape(_shape(tensor))
+
+
+def _dequantize_part(tensor: gguf.ReaderTensor, part: Part) -> np.ndarray:
+    """The same, reading no more than that, and where it begins or ends within blocks, the rest of these."""
+    if part.axis == 0:
+        return _values(tensor, tensor.data[part.start : part.stop]).reshape(part.shape(_shape(tensor)))
+    block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+    # A row's values are numbers of their own, or blocks of bytes.
+    stride = size if tensor.data.dtype == np.uint8 else block
+    first, last = part.start // block, -(-part.stop // block)
+    values = _values(tensor, tensor.data[:, first * stride : last * stride]).reshape(len(tensor.data), -1)
+    return values[:, part.start - first * block : part.stop - first * block].copy()
+
+
+def _values(tensor: gguf.ReaderTensor, data: np.ndarray) -> np.ndarray:
     try:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        values = gguf.dequantize(data, tensor.tensor_type)
     except (NotImplementedError, ValueError) as error:
         raise ModelError(f"{tensor.name}: {tensor.tensor_type.name} can't be read: {error}") from error
-    return np.array(values, dtype=np.float32).reshape(_shape(tensor))
+    return np.array(values, dtype=np.float32)
 
 
 def _shape(tensor: gguf.ReaderTensor) -> Shape:

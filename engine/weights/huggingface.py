@@ -16,7 +16,7 @@ from torch import Tensor
 from cluster.config import WeightsFrom
 from cluster.errors import ModelError
 from engine.model_config import ModelConfig, from_huggingface
-from engine.weights.base import ModelFiles, Shape, identity_of, parameter_shapes
+from engine.weights.base import ModelFiles, Part, Shape, identity_of, parameter_shapes
 from engine.weights.dummy import DummyWeights
 from engine.weights.quantized.config import quantization_of
 from engine.weights.quantized.weights import QuantizedWeights, refuse_bare_codes
@@ -68,16 +68,25 @@ class SafetensorsWeights:
     def kept_bytes(self) -> Mapping[str, int]:
         return {}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, part: Part | None = None) -> Tensor:
         file = self._file_of[name]
+        handle = self._handles[file]
         try:
-            tensor: Tensor = self._handles[file].get_tensor(name)
+            if part is not None:
+                return _cut(handle.get_slice(name), part)
+            tensor: Tensor = handle.get_tensor(name)
         except SafetensorError as error:
             raise ModelError(f"{file}: {name} can't be read: {error}") from error
         return tensor
 
     def quantized(self, name: str) -> None:
         return None
+
+
+def _cut(stored: Any, part: Part) -> Tensor:
+    """Reads no more than that from the file."""
+    cut: Tensor = stored[part.start : part.stop] if part.axis == 0 else stored[:, part.start : part.stop]
+    return cut.contiguous()
 
 
 def _files(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import ModelError
-from engine.weights.base import Shape
+from engine.weights.base import Part, Shape
 from engine.weights.quantized.config import Quantization
 from engine.weights.quantized.matrix import QuantizedMatrix
 
@@ -33,7 +33,7 @@ class StoredTensors(Protocol):
 
     def stored_bytes(self) -> Mapping[str, int]: ...
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str, part: Part | None = None) -> Tensor: ...
 
 
 class QuantizedWeights:
@@ -78,9 +78,11 @@ class QuantizedWeights:
         kept = {f"{module}.weight" for module in self._modules} if self._kept else set()
         return {name: size for name, size in self.stored_bytes().items() if name in kept}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, part: Part | None = None) -> Tensor:
         matrix = self.quantized(name)
-        return self._files.read(name) if matrix is None else matrix.dequantized()
+        if matrix is None:
+            return self._files.read(name, part)
+        return (matrix if part is None else part.of_matrix(matrix)).dequantized()
 
     def quantized(self, name: str) -> QuantizedMatrix | None:
         """A parameter as it is stored; None if it is a plain one. Raises `ModelError` for a damaged file."""

@@ -49,7 +49,11 @@ class RandomWeights:
     def shapes(self):
         return self._shapes
 
-    def read(self, name):
+    def read(self, name, part=None):
+        whole = self._whole(name)
+        return whole if part is None else part.of(whole)
+
+    def _whole(self, name):
         generator = torch.Generator().manual_seed(sum(name.encode()))
         values = torch.randn(self._shapes[name], generator=generator)
         return 1 + values / 4 if "norm" in name else values / math.sqrt(values.shape[-1])
