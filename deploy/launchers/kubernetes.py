@@ -217,7 +217,7 @@ def _as_list(objects: Sequence[Object]) -> str:
 
 
 def _is_down(pod: Pod) -> bool:
-    return replica(pod).state is ReplicaState.WAITING
+    return replica(pod).state in (ReplicaState.WAITING, ReplicaState.STARTING)
 
 
 def _deployment(view: View, kind: ProcessKind) -> Deployment:
