@@ -70,8 +70,10 @@ def reference(prompt: Sequence[int], sampling: Sampling) -> list[int]:
 class SimMemory:
     """In place of `engine.kv_cache.KVCache`: words, in pages, in ordinary memory."""
 
-    def __init__(self, layout: KVLayout, pages: int, device: object) -> None:
+    def __init__(self, layout: KVLayout, pages: int, device: object, dtype: object) -> None:
+        self.pages = pages
         self.page_bytes = layout.page_bytes
+        self.device = "cpu"
         self.nbytes = pages * layout.page_bytes
         self._buffer = (ctypes.c_uint64 * (self.nbytes // WORD))()
         self.address = ctypes.addressof(self._buffer)
@@ -82,6 +84,7 @@ class SimDecoder:
     """In place of a decoder: reads and checks the KV that a step stands on, and adds its own."""
 
     kernels = Kernels.TORCH
+    weight_bytes = 0
 
     def __init__(self, memory: SimMemory) -> None:
         self._words = memory.words
@@ -155,6 +158,7 @@ class _Architecture(NamedTuple):
 
 class _Weights(NamedTuple):
     identity: str = "sim"
+    precision: str = "sim"
 
 
 class _Files(NamedTuple):
