@@ -3,9 +3,11 @@
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
 
+import aiohttp
 import pytest
 
 from deploy.launchers.base import ProcessKind, Replica, ReplicaState
+from tests.fault.answers import Answer
 from tests.fault.crowd import Crowd, ask_in_peace
 from tests.fault.questions import plan_questions
 from tests.fault.story import tell
@@ -30,9 +32,18 @@ def questions(reference):
 
 
 @pytest.fixture(scope="module")
-def local_answers():
-    """By question; the first test gets them from this machine."""
-    return {}
+def local_answers(questions, tmp_path_factory):
+    """By question, from a cluster of this machine to which nothing happens."""
+
+    async def ask() -> dict[str, Answer]:
+        directory = tmp_path_factory.mktemp("peace") / "run"
+        async with (
+            running(TOPOLOGIES / "demo.yaml", SETTINGS, directory) as cluster,
+            aiohttp.ClientSession() as session,
+        ):
+            return await ask_in_peace(session, cluster.url, questions, STREAMS)
+
+    return asyncio.run(ask())
 
 
 @pytest.fixture
@@ -44,7 +55,6 @@ async def test_pools_grow_to_four_and_shrink_to_one_under_load_and_nothing_is_lo
     http, questions, local_answers, tmp_path
 ):
     async with running(TOPOLOGIES / "demo.yaml", SETTINGS, tmp_path / "run") as cluster:
-        local_answers |= await ask_in_peace(http, cluster.url, questions, STREAMS)
         await grow_and_shrink(cluster, http, questions, local_answers)
 
 
