@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cluster.config import Kernels, WeightsFrom
+from cluster.config import WeightsFrom
 from cluster.errors import ModelError
 from engine.weights import open_model
 from engine.weights.quantized.matrix import QuantizedMatrix, grouped, stacked
@@ -72,13 +72,12 @@ def test_a_quantised_folder_is_read_as_it_is_meant(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fp8 in blocks", "awq", "gptq with act-order"])
-@pytest.mark.parametrize("kernels", [Kernels.TORCH, Kernels.NATIVE])
-def test_it_answers_as_transformers_does_with_what_is_meant(name, kernels, tmp_path):
+def test_it_answers_as_transformers_does_with_what_is_meant(name, tmp_path):
     model = make_model(MODELS["qwen2"])
     with torch.no_grad():
         write(model, tmp_path, FORMATS[name])
     (prompt,) = prompts(30)
-    engine = make_engine(tmp_path, kernels=kernels)
+    engine = make_engine(tmp_path)
     engine.submit(sequence("a", prompt, 1, logprobs=128))
     while not (result := engine.step()).sampled:
         pass
