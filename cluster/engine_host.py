@@ -81,7 +81,7 @@ class EngineHost:
             return msgspec.structs.replace(messages[0], followers=followers)
         if messages and isinstance(messages[0], EngineFailed):
             raise from_info(messages[0].error)
-        ended = await self._ranks[0].exit()
+        ended = await self._ended()
         raise self._death or ConfigError(f"the engine process died while starting ({ended}); its log says why")
 
     def post(self, message: Message) -> None:
@@ -91,7 +91,7 @@ class EngineHost:
         """The next messages. Raises `WorkerLost` when the engine process is dead, or what it failed with."""
         messages = await self._channel.receive()
         if not messages:
-            ended = await self._ranks[0].exit()
+            ended = await self._ended()
             raise self._death or WorkerLost(f"the engine process died ({ended})")
         for message in messages:
             if isinstance(message, EngineFailed):
@@ -121,8 +121,16 @@ class EngineHost:
             await rank.channel.close()
         self.board.close()
 
+    async def _ended(self) -> str:
+        """How rank 0 did, in words. If it ended well, that was because a follower had gone: waits for its story."""
+        ended = await self._ranks[0].exit()
+        if self._process.returncode == 0 and self._watching:
+            await asyncio.wait(self._watching, timeout=STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        return ended
+
     async def _watch(self, number: int) -> None:
-        """Until a follower's end. It has no last word but an error: one that rank 0's end has ended needs none."""
+        """Until a follower's end, which is the end of all. Its last word may be an error; whom another's end has ended
+        has none, and ends well."""
         rank, ready = self._ranks[number], self._followers[number - 1]
         death: BatonError | None = None
         while messages := await rank.channel.receive():
@@ -131,12 +139,16 @@ class EngineHost:
                     ready.set_result(message.rank)
                 elif isinstance(message, EngineFailed):
                     death = from_info(message.error)
-        death = death or WorkerLost(f"rank {number} of the engine process died ({await rank.exit()})")
-        self._death = self._death or death
-        log.error("a rank has ended: ending the others", rank=number, error=str(death))
+        ended = await rank.exit()
+        if death is None and rank.process.returncode != 0:
+            death = WorkerLost(f"rank {number} of the engine process died ({ended})")
+        if death is not None and self._death is None:
+            log.error("a rank has ended: ending the others", rank=number, error=str(death))
+            self._death = death
         self.kill()
         if not ready.done():
-            ready.set_exception(self._death)
+            ready.set_exception(self._death or WorkerLost(f"rank {number} of the engine process has ended"))
+            ready.exception()  # whoever waits for it hears of it; nobody may
 
 
 async def _start(

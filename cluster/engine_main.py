@@ -82,7 +82,10 @@ def main(program: str, cores_of: Callable[[Topology], Cores], build: Build, foll
             _lead(context, build)
         else:
             _follow(context, follow)
-    except (ControlGone, RankGone):
+    except ControlGone:
+        return 0
+    except RankGone as gone:
+        log.warning("the engine process stops", reason=str(gone))
         return 0
     except Exception as error:
         if isinstance(error, BatonError):

@@ -1,14 +1,15 @@
 """The ranks that compute one model together: what they say to each other in the middle of a step.
 
 All methods are called on the step loop's thread, by all ranks in the same order: a rank that is missing is waited for.
-When one dies, whoever waits for it is ended from outside (`cluster.engine_host`), or by torch's own error.
+When one dies, whoever waits for it is ended from outside (`cluster.engine_host`), or finds that it has gone.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from cluster.errors import ConfigError
+from cluster.ranks import RankGone
 
 SOCKETS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 PAIR = 2
@@ -54,6 +56,10 @@ class TorchGroup:
             raise ConfigError(f"tensor_parallel: the {size} ranks don't come together by {backend}: {error}") from error
 
     def add_up(self, share: Tensor) -> None:
+        with _ranks_gone():
+            self._add_up(share)
+
+    def _add_up(self, share: Tensor) -> None:
         if self.size == PAIR or share.device.type == "cuda":
             distributed.all_reduce(share)
             return
@@ -66,10 +72,20 @@ class TorchGroup:
     def gather(self, columns: Tensor, widths: Sequence[int]) -> Tensor:
         padded = functional.pad(columns, (0, max(widths) - widths[self.rank])).contiguous()
         parts = [torch.empty_like(padded) for _ in widths] if self.rank == 0 else None
-        distributed.gather(padded, parts, dst=0)
+        with _ranks_gone():
+            distributed.gather(padded, parts, dst=0)
         if parts is None:
             return columns.new_empty(0, sum(widths))
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)
+
+
+@contextmanager
+def _ranks_gone() -> Iterator[None]:
+    """`RankGone` for what torch says when a connection breaks: there is nothing else that can go wrong here."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankGone(str(error)) from error
 
 
 class ThreadMeeting:
