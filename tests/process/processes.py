@@ -21,7 +21,10 @@ TAIL_LINES = 40
 class Processes:
     """Starts and ends single processes of one cluster; `close` leaves none behind."""
 
-    def __init__(self, topology: Path, log_dir: Path, settings: Sequence[str] = ()) -> None:
+    def __init__(
+        self, topology: Path, log_dir: Path, settings: Sequence[str] = (), start_seconds: float = START_SECONDS
+    ) -> None:
+        self._start_seconds = start_seconds
         router, bootstrap = free_ports(2)
         self.url = f"http://127.0.0.1:{router}"
         self.bootstrap_url = f"http://127.0.0.1:{bootstrap}"
@@ -54,6 +57,10 @@ class Processes:
         """A worker's engine process."""
         (child,) = psutil.Process(self._running[name].pid).children()
         return child
+
+    def engines(self, name: str) -> list[psutil.Process]:
+        """A worker's engine processes, in the order of their ranks."""
+        return sorted(psutil.Process(self._running[name].pid).children(), key=lambda child: child.pid)
 
     def epoch(self, name: str) -> int | None:
         """Of a worker that is ready; None for one that is not there, or not ready."""
@@ -107,11 +114,11 @@ class Processes:
         return next((line for line in lines if all(word in line for word in words)), None)
 
     def _wait(self, condition, what: str) -> None:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self._start_seconds
         while not _holds(condition):
             ended = {name: code for name, each in self._running.items() if (code := each.poll()) is not None}
             assert not ended, f"waiting for {what}: ended with {ended}\n{self.tail()}"
-            assert time.monotonic() < deadline, f"not within {START_SECONDS:g} s: {what}\n{self.tail()}"
+            assert time.monotonic() < deadline, f"not within {self._start_seconds:g} s: {what}\n{self.tail()}"
             time.sleep(POLL_SECONDS)
 
 
