@@ -18,7 +18,7 @@ from deploy.cluster_client import ask_bootstrap
 from deploy.launchers.base import ProcessKind, Replica
 from deploy.log_lines import readable
 from deploy.operate import find_topology, open_cluster
-from deploy.status import status_table
+from deploy.status import replica_table, status_table
 
 WATCH_SECONDS = 1.0
 
@@ -98,5 +98,7 @@ def _print(seen: _Seen, topology: Topology | None, console: Console, *, as_json:
 def _table(seen: _Seen, topology: Topology | None) -> RenderableType:
     if not any(seen):
         return "no workers"
+    if seen.members is None:
+        return replica_table(seen.others)
     lease_seconds = (topology.bootstrap if topology else Bootstrap()).lease_seconds
-    return status_table(seen.members or [], lease_seconds, seen.others)
+    return status_table(seen.members, lease_seconds, seen.others)

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.messages import MemberStatus, Role
-from deploy.launchers.base import Replica, ReplicaState
+from deploy.launchers.base import ProcessKind, Replica, ReplicaState
 
 _HEALTH_STYLES = {"ready": "green", "unready": "yellow", "stalled": "red", "silent": "red"}
 _NUMBERS = ("queued", "running", "KV pages", "quarantined", "steps", "heartbeat")
@@ -39,6 +39,19 @@ def status_table(workers: Sequence[MemberStatus], lease_seconds: float, others: 
     return table
 
 
+def replica_table(replicas: Sequence[Replica]) -> Table:
+    """One row for each, as its launcher sees it: where bootstrap can't be asked. Names are never cut: they are what
+    other commands take."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("name", min_width=max(len(each.name) for each in replicas))
+    for name in ("kind", "state", "node", "reason"):
+        table.add_column(name)
+    order = list(ProcessKind)
+    for each in sorted(replicas, key=lambda each: (order.index(each.kind), each.name)):
+        table.add_row(each.name, each.kind.value, _state(each), each.node, each.reason)
+    return table
+
+
 def _row(status: MemberStatus, lease_seconds: float) -> list[str | Text]:
     member, load = status.member, status.load
     word = health(status, lease_seconds)
@@ -57,9 +70,12 @@ def _row(status: MemberStatus, lease_seconds: float) -> list[str | Text]:
 
 
 def _other_row(replica: Replica) -> list[str | Text]:
-    state = f"{replica.state.value}: {replica.reason}" if replica.reason else replica.state.value
-    style = "green" if replica.state is ReplicaState.READY else "yellow"
-    return [replica.name, replica.kind.value, "", Text(state, style)]
+    reason = f": {replica.reason}" if replica.reason else ""
+    return [replica.name, replica.kind.value, "", _state(replica).append(reason)]
+
+
+def _state(replica: Replica) -> Text:
+    return Text(replica.state.value, "green" if replica.state is ReplicaState.READY else "yellow")
 
 
 def short_epoch(epoch: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ import yaml
 from cluster.clock import MonotonicClock
 from cluster.config import Security, Topology
 from cluster.messages import MemberStatus
-from cluster.topology import load_topology
+from cluster.topology import dump_topology, load_topology
 from deploy.cluster_client import ask_bootstrap
 from deploy.kubernetes.chart import Object, merge
 from deploy.launchers.kubernetes import KubernetesCluster, KubernetesLauncher, render
@@ -46,23 +48,31 @@ class Installation:
     ) -> None:
         """`values` go over our own."""
         self.namespace = namespace
+        self.file = folder / "topology.yaml"
         self.told: list[str] = []
         (folder / "values.yaml").write_text(yaml.safe_dump(merge(_VALUES, values)))
         place = (f"kubernetes.namespace={namespace}", f"kubernetes.values_file={folder / 'values.yaml'}")
         ours = ("launch=kubernetes", "prefill.cpus=[]", "decode.cpus=[]", *place)
         self.topology: Topology = load_topology(TOPOLOGY, (*ours, *settings))
+        self.file.write_text(dump_topology(self.topology))
         self._plane = plane
         self._folder = folder
+        plane.kubectl("create", "namespace", namespace)
 
     def start(self, change: Callable[[Object], Object] = lambda made: made) -> KubernetesCluster:
         """Returns when all can serve. `change`: what to do to each object before it is applied."""
-        self._plane.kubectl("create", "namespace", self.namespace)
         self.objects = [change(made) for made in render(self.topology)]
         launcher = KubernetesLauncher(self.topology, self.objects, MonotonicClock(), self.told.append)
         return asyncio.run(launcher.start(PATIENCE))
 
     def cluster(self, patience: float = PATIENCE) -> KubernetesCluster:
         return KubernetesCluster(self.topology, self.objects, MonotonicClock(), patience, self.told.append)
+
+    def baton(self, *words: str) -> tuple[str, int]:
+        """What the command prints about this cluster, and its exit code."""
+        command = [sys.executable, "-m", "deploy.cli", *words]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE)
+        return done.stdout, done.returncode
 
     def stop(self) -> None:
         """Without a farewell."""

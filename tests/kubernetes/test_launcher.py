@@ -54,4 +54,33 @@ async def test_a_worker_that_fits_nowhere_is_told_with_the_schedulers_reason(ins
     assert "Insufficient nvidia.com/gpu" in waiting.reason
     assert (waiting.instance, waiting.node) == ("", "")
     assert len(await place.pool(Role.DECODE)) == 3
+    table, code = await asyncio.to_thread(installation.baton, "status", f"--topology={installation.file}")
+    assert code == 0
+    (line,) = [line for line in table.splitlines() if waiting.name in line]
+    assert line.split()[1:3] == ["decode", "waiting"] and "nodes are available" in line
+    assert "nvidia.com/gpu" in table and all(name in table for name in await place.pool(Role.DECODE))
     await place.scaled(1, 1)
+
+
+async def test_the_command_line_reaches_it_by_its_topology(installation, place):
+    await place.scaled(1, 1)
+    about = f"--topology={installation.file}"
+    output, code = await asyncio.to_thread(installation.baton, "scale", "decode=2", about)
+    assert code == 0, output
+    pool = await place.pool(Role.DECODE)
+    assert len(pool) == 2
+    output, code = await asyncio.to_thread(installation.baton, "logs", min(pool), about, "--lines=3")
+    assert code == 0 and len(output.splitlines()) == 3
+    output, code = await asyncio.to_thread(installation.baton, "drain", "nobody-7", about)
+    assert code == 1 and "there is no nobody-7; the pods are: baton-" in output
+
+
+async def test_a_worker_that_can_not_start_ends_the_start_with_its_last_words(kubernetes, tmp_path):
+    settings = ("model.path=/nowhere", "worker.drain_seconds=1")
+    broken = Installation(kubernetes, "broken", settings, VALUES, tmp_path)
+    try:
+        output, code = await asyncio.to_thread(broken.baton, "up", str(broken.file), "--start-timeout=120")
+        assert code == 1
+        assert "has ended 3 times; the last time:" in output and "/nowhere" in output
+    finally:
+        await asyncio.to_thread(broken.stop)

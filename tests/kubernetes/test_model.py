@@ -1,4 +1,6 @@
-"""The demo model in pods: transfers between network and pid namespaces, and the tokens of the un-split model."""
+"""The demo model in pods, from `baton up` to `baton down`: transfers between namespaces of networks and pids, and the
+tokens of the un-split model.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,12 @@ SHOWN = 4
 def baton(kubernetes, tmp_path_factory):
     installation = Installation(kubernetes, "model", SETTINGS, VALUES, tmp_path_factory.mktemp("model"))
     try:
-        installation.start()
+        output, code = installation.baton("up", str(installation.file), f"--start-timeout={PATIENCE:g}")
+        assert code == 0, output
+        assert output.splitlines()[-1].startswith("ready: smollm2-135m-instruct at http://baton-router.model.svc:80,")
         yield installation
+        assert installation.baton("down", f"--topology={installation.file}") == ("", 0)
+        assert installation.kubectl("get", "pods,services", "--output=name") == ""
     finally:
         installation.stop()
 
