@@ -71,6 +71,10 @@ class MemberMachine(StateMachine[Announce]):
             return None
         return MemberStatus(self._member, self._load, now - self._seen)
 
+    def slept(self, seconds: float) -> None:
+        """For so long we heard nobody: that was no silence of this worker's."""
+        self._seen += seconds
+
     def _register(self, event: Register, now: float) -> list[Announce]:
         known, new = self._member, event.member
         if known is not None and new.epoch < known.epoch:
@@ -150,6 +154,11 @@ class RosterState:
     def tick(self, now: float) -> list[Announce]:
         """Ends the leases that ran out."""
         return [announce for machine in self._machines.values() for announce in machine.handle(Tick(), now)]
+
+    def slept(self, seconds: float) -> None:
+        """For so long bootstrap itself was stopped or stuck: heartbeats may be waiting to be heard."""
+        for machine in self._machines.values():
+            machine.slept(seconds)
 
     def roster(self, now: float) -> Roster:
         statuses = (machine.status(now) for machine in self._machines.values())

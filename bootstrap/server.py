@@ -132,10 +132,18 @@ class BootstrapServer:
         )
 
     async def _ticking(self, app: web.Application) -> AsyncIterator[None]:
+        interval = self._config.heartbeat_seconds / 4
+
         async def tick() -> None:
+            due = self._clock.now()
             while True:
-                self._announce(self._state.tick(self._clock.now()), silent=True)
-                await asyncio.sleep(self._config.heartbeat_seconds / 4)
+                now = self._clock.now()
+                if now - due > interval:
+                    log.warning("bootstrap was stuck", seconds=round(now - due, 3))
+                    self._state.slept(now - due)
+                self._announce(self._state.tick(now), silent=True)
+                due = now + interval
+                await asyncio.sleep(interval)
 
         task = asyncio.create_task(tick())
         yield

@@ -110,11 +110,15 @@ async def dial(session: aiohttp.ClientSession, url: str) -> Link:
 
 
 async def accept(request: web.Request) -> Link:
-    """Turns an HTTP request into the server's end of a link."""
+    """Turns an HTTP request into the server's end of a link. Raises what ends the request for one who has gone
+    meanwhile."""
     socket = web.WebSocketResponse(
         max_msg_size=MAX_FRAME_BYTES, heartbeat=PING_SECONDS, compress=False, timeout=CLOSE_SECONDS
     )
-    await socket.prepare(request)
+    try:
+        await socket.prepare(request)
+    except ConnectionError as gone:  # no defect of ours, as which aiohttp would log it
+        raise web.HTTPRequestTimeout(text="the connection is gone") from gone
     return Link(socket, request.remote or "unknown")
 
 

@@ -64,6 +64,13 @@ def test_a_lease_ends_just_after_its_time_and_a_heartbeat_renews_it(roster):
     assert roster.tick(6.0) == []
 
 
+def test_while_bootstrap_was_stuck_nobody_was_silent(roster):
+    roster.register(Register(member()), 0.0)
+    roster.slept(60.0)
+    assert roster.tick(62.9) == []
+    assert len(roster.tick(63.1)) == 1, "but from then on it is"
+
+
 def test_the_roster_carries_the_last_load_and_its_age(roster):
     roster.register(Register(member()), 0.0)
     roster.handle(Heartbeat("decode-0", 7, Load(running=3)), 2.0)

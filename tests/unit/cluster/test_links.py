@@ -108,3 +108,30 @@ async def test_one_process_holds_links_to_more_workers_than_a_browser_has_connec
         assert not any(link.closed for link in dialed)
         pair.done.set()
         await asyncio.gather(*(link.close() for link in dialed))
+
+
+async def test_who_goes_before_its_link_is_accepted_is_no_defect(caplog):
+    arrived, over = asyncio.Event(), asyncio.Event()
+
+    async def serve(request):
+        arrived.set()
+        while request.transport is not None and not request.transport.is_closing():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        try:
+            return await accept(request)
+        finally:
+            over.set()
+
+    app = web.Application()
+    app.router.add_get("/link", serve)
+    runner = web.AppRunner(app, shutdown_timeout=0.01)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    async with aiohttp.ClientSession() as session:
+        dialing = asyncio.create_task(dial(session, f"http://127.0.0.1:{runner.addresses[0][1]}/link"))
+        await asyncio.wait_for(arrived.wait(), 10)
+        dialing.cancel()
+        await asyncio.gather(dialing, return_exceptions=True)
+        await asyncio.wait_for(over.wait(), 10)
+    await runner.cleanup()
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
