@@ -14,7 +14,7 @@ STAMP := $(VENV)/.baton-setup
 LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-rdma test-ray test-chart test-kubernetes test-gpu bench bench-handoff bench-chat bench-profile \
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-shards test-rdma test-ray test-chart test-kubernetes test-gpu bench bench-handoff bench-chat bench-profile \
 	setup-bench peers bench-peers docs dashboards clean
 
 help:  ## list the targets
@@ -85,6 +85,9 @@ test-soak: setup  ## thousands of requests, many of whose clients leave: is anyt
 
 test-fault: setup  ## 200 faults under load, restarts and overload: does a client notice? (20 to 40 minutes; writes bench/results)
 	$(BIN)/pytest tests/fault -m fault -s --fault-results bench/results $(ARGS)
+
+test-shards: setup  ## the demo model on 1, 2 and 3 ranks, each handing over to each, and ranks that die (15 minutes)
+	$(BIN)/pytest tests/process/test_shards.py -m shards $(ARGS)
 
 test-rdma: setup  ## transfers over real RDMA verbs, in an emulated machine with such a card (QEMU; slow)
 	$(BIN)/python -m tests.rdma $(ARGS)
