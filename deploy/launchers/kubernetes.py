@@ -29,6 +29,8 @@ from deploy.pools import require_sizes
 POLL_SECONDS = 0.5
 MOST_CRASHES = 3
 """A process that has ended so often before it was ever ready is wrong in itself."""
+STOP_SECONDS = 60.0
+"""For Kubernetes' own part in an end, beside the time that pods have to drain."""
 _LAST_WORDS = 15
 _OWNED = ("app.kubernetes.io/name", "app.kubernetes.io/instance")
 """The labels that tell one installation's objects."""
@@ -103,7 +105,7 @@ class KubernetesCluster:
             for deployment in [each for each in view.deployments if each.kind in _POOLS]:
                 await self.kubectl.run("rollout", "restart", f"deployment/{deployment.metadata.name}")
                 new = partial(View.is_whole, kinds=(deployment.kind,))
-                await self.until(new, "not all workers are new", times=max(1, deployment.spec.replicas))
+                await self.until(new, "not all workers are new", self._patience * max(1, deployment.spec.replicas))
 
     async def logs(self, name: str, lines: int, *, follow: bool) -> AsyncGenerator[str, None]:
         _find(await self.view(), name)
@@ -121,7 +123,7 @@ class KubernetesCluster:
                 await self.kubectl.run("delete", "deployments", *deployments, "--ignore-not-found", "--wait=false")
             if pods:
                 await self.kubectl.run("delete", "pods", *pods, "--ignore-not-found", "--wait=false", grace)
-            await self.until(partial(View.has_none, kinds=kinds), "not all have ended")
+            await self.until(partial(View.has_none, kinds=kinds), "not all have ended", grace_seconds + STOP_SECONDS)
         await self.kubectl.run("delete", "--filename=-", "--ignore-not-found", given=_as_list(self._objects))
 
     async def view(self) -> View:
@@ -137,11 +139,12 @@ class KubernetesCluster:
         except msgspec.DecodeError as error:
             raise LaunchError(f"kubectl get: not the objects that we know: {error}") from error
 
-    async def until(self, condition: Callable[[View], bool], complaint: str, times: int = 1) -> None:
-        """Waits, `times` as long as for one worker, and tells of each change meanwhile. Raises `LaunchError` with what
-        is missing then."""
+    async def until(self, condition: Callable[[View], bool], complaint: str, seconds: float | None = None) -> None:
+        """Waits, by default as long as for one worker, and tells of each change meanwhile. Raises `LaunchError` with
+        what is missing then."""
+        patience = self._patience if seconds is None else seconds
         told: dict[str, str] | None = None
-        deadline = self._clock.now() + times * self._patience
+        deadline = self._clock.now() + patience
         while not condition(view := await self.view()):
             lines = {each.name: _line(each) for each in view.replicas}
             for line in _news(told, lines):
@@ -149,7 +152,7 @@ class KubernetesCluster:
             told = lines
             if self._clock.now() > deadline:
                 missing = [_line(each) for each in view.replicas if each.state is not ReplicaState.READY]
-                raise LaunchError("\n".join([f"{complaint} within {times * self._patience:g} s", *missing]))
+                raise LaunchError("\n".join([f"{complaint} within {patience:g} s", *missing]))
             await asyncio.sleep(POLL_SECONDS)
 
     def require_ours(self, view: View) -> None:

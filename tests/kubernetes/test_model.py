@@ -29,7 +29,8 @@ def baton(kubernetes, tmp_path_factory):
         assert code == 0, output
         assert output.splitlines()[-1].startswith("ready: smollm2-135m-instruct at http://baton-router.model.svc:80,")
         yield installation
-        assert installation.baton("down", f"--topology={installation.file}") == ("", 0)
+        output, code = installation.baton("down", f"--topology={installation.file}")
+        assert code == 0, output
         assert installation.kubectl("get", "pods,services", "--output=name") == ""
     finally:
         installation.stop()
