@@ -126,12 +126,14 @@ class TransferGroup:
             return self._join_writes(result)
         if isinstance(result, DigestsComputed):
             return self._join_digests(result)
-        self._settling[result.fence] -= 1
-        return None if self._settling[result.fence] else Settled(self._settled(result.fence))
+        return self._join_settled(result)
 
-    def _settled(self, fence: Fence) -> Fence:
-        del self._settling[fence]
-        return fence
+    def _join_settled(self, result: Settled) -> Settled | None:
+        self._settling[result.fence] -= 1
+        if self._settling[result.fence]:
+            return None
+        del self._settling[result.fence]
+        return result
 
     def _join_writes(self, result: WritesEnded) -> WritesEnded | None:
         key = (result.fence, result.batch.first)
