@@ -39,8 +39,8 @@ def _apart() -> list[str]:
 
 def main(arguments: list[str]) -> int:
     try:
-        command = [*_apart(), sys.executable, "-m", "pytest", *OPTIONS, *(arguments or TESTS)]
         environment = {**os.environ, "BATON_TEST_KUBERNETES": str(servers())}
+        command = [*_apart(), sys.executable, "-m", "pytest", *OPTIONS, *(arguments or TESTS)]
     except Lacking as lacking:
         print(f"The Kubernetes of the tests lacks {lacking}: no Kubernetes test was run.")
         return 0
