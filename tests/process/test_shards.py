@@ -93,6 +93,7 @@ async def test_a_request_survives_the_death_of_a_rank_with_its_tokens(worker, ra
         return (divided.epoch(worker) or 0) > before
 
     await eventually(replaced, f"{worker} is back with other engine processes", LONGEST_SILENCE)
+    divided.wait_healthy()
     assert (await api.stream(prompt, **SAMPLED)).tokens == sampled
 
     async def idle():
