@@ -172,9 +172,9 @@ class Session:
                 self._forget(spec.name, error)
         return failure
 
-    def settled(self, name: str) -> None:
-        """This newcomer can work: from now on it is replaced when it dies."""
-        self._newcomers.pop(name, None)
+    def settled(self, name: str) -> bool:
+        """It can work: from now on it is replaced when it dies. Returns whether it was a newcomer."""
+        return self._newcomers.pop(name, None) is not None
 
     async def retire(self, names: Sequence[str], grace_seconds: float) -> None:
         """Ends processes in order, together, and for good. Returns when they are gone."""

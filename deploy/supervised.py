@@ -159,8 +159,8 @@ class SupervisedCluster:
                     continue
                 if await self._router.takes_work(name, status.member.epoch):
                     waiting.remove(name)
-                    self._session.settled(name)
-                    self._tell(f"{name} takes work")
+                    if self._session.settled(name):
+                        self._tell(f"{name} takes work")
             if not waiting:
                 return
             if self._clock.now() > deadline:
