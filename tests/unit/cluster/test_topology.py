@@ -130,7 +130,10 @@ def test_a_mistake_in_the_file_is_pointed_at(write, text, message):
             r"bootstrap.lease_seconds: expected more than one heartbeat \(1 s\), found 1",
         ),
         ("prefill: {cpus: [[0], [-1]]}", r"prefill.cpus\[.*\]: expected a list, each entry a list, .* of at least 0"),
-        ("ray: {decode: {resources: {decode: -1}}}", r"ray.decode.resources.*: expected a mapping .* number of at least 0"),
+        (
+            "ray: {decode: {resources: {decode: -1}}}",
+            r"ray.decode.resources.*: expected a mapping .* number of at least 0",
+        ),
         ("decode: {replicas: 2, cpus: [[0]]}", "decode.cpus: expected cores for each of 2 replicas, found 1"),
         ("decode: {cpus: [[]]}", r"decode.cpus\[0\]: expected one or more different cores, found \[\]"),
         ("logging: {level: loud}", "logging.level: expected one of debug, info, warning, error"),
