@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,11 @@ import psutil
 BATON = Path(sys.executable).parent / "baton"
 STAND_INS = Path(__file__).parent / "stand_ins"
 PATIENCE = 60.0
+
+
+def _hear_interrupts() -> None:
+    """As a command of a terminal: shells let what they run in the background ignore Ctrl-C, and all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Baton:
@@ -39,6 +45,7 @@ class Baton:
             env={**os.environ, "PYTHONPATH": self._python_path, "BATON_STAND_IN": json.dumps(stand_ins)},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
+            preexec_fn=_hear_interrupts,
         )
 
     async def up(self, *settings: str, **behaviours: str) -> None:
