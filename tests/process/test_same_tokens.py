@@ -11,10 +11,11 @@ from tests.process.conftest import FLOAT32, TOPOLOGIES
 TOPOLOGY_OF = {
     "1p1d-nixl": None,  # the session's own
     "1p1d-mooncake": ("demo.yaml", "kv.transfer=mooncake"),
-    "2p2d-nixl": ("2p2d.yaml",),
     "2p2d-mooncake-retracting": ("2p2d.yaml", "kv.transfer=mooncake", "decode.scheduling.retract_every_steps=5"),
     "unified": ("unified.yaml", "decode.cpus=[[1]]"),  # the clients need a core too
 }
+SOAKED = {"2p2d-nixl": ("2p2d.yaml",)}
+"""With `make test-soak`: what it has in common with others is tested there."""
 CONCURRENT = 8
 LOGPROB_TOLERANCE = 1e-3
 STILL_TRUE = ("raw-33", "raw-513", "chat-turns")
@@ -24,12 +25,13 @@ SAMPLED = {"max_tokens": 24, "temperature": 0.9, "top_p": 0.95, "top_k": 200, "m
 pytestmark = pytest.mark.timeout(400)
 
 
-@pytest.fixture(scope="module", params=TOPOLOGY_OF)
+@pytest.fixture(scope="module", params=[*TOPOLOGY_OF, *(pytest.param(name, marks=pytest.mark.soak) for name in SOAKED)])
 def cluster(request, tmp_path_factory):
-    if TOPOLOGY_OF[request.param] is None:
+    wanted = (TOPOLOGY_OF | SOAKED)[request.param]
+    if wanted is None:
         yield request.getfixturevalue("demo_cluster")
         return
-    topology, *settings = TOPOLOGY_OF[request.param]
+    topology, *settings = wanted
     with Cluster(TOPOLOGIES / topology, (*FLOAT32, *settings), tmp_path_factory.mktemp(request.param)) as started:
         yield started
 
