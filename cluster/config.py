@@ -265,7 +265,8 @@ class Recovery(Section, frozen=True):
     max_attempts: Positive = 64
     """Of one choice of a request, in all. One that brings down each worker it meets must not meet them all for ever."""
     max_attempts_without_progress: Positive = 8
-    """In a row, none of which brought the client further than the first token that it gave."""
+    """In a row, none of which brought the client further than the first token that it gave. Not counted are those that
+    say nothing against the request: its worker fell silent, or was lost before it had begun."""
     first_delay_seconds: Seconds = 0.1
     """The first failure is answered at once, a second in a row after so long, each further one after twice as long."""
     longest_delay_seconds: Seconds = 1.0

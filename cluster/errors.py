@@ -21,7 +21,8 @@
     │   ├── Draining               the worker takes no new work
     │   ├── Cancelled              the attempt's other leg was given up, and not by this router: it lost its own
     │   ├── WorkerLost             the worker or its connection died while it had the request
-    │   │   └── WorkerStalled      its connection stands, but it says nothing, or that it is stuck
+    │   │   └── WorkerStalled      its connection stands, but it says that it is stuck
+    │   │       └── WorkerSilent   it says nothing at all
     │   ├── TransferFailed         KV pages did not arrive, or arrived damaged
     │   │   └── PeerUnreachable    the peer's memory can't be written to
     │   ├── TransferStuck          a write can't be stopped but by the end of its process, which therefore ends
@@ -183,6 +184,10 @@ class WorkerLost(AvailabilityError):
 
 class WorkerStalled(WorkerLost):
     """The worker has the request and makes no progress; it may wake up later."""
+
+
+class WorkerSilent(WorkerStalled):
+    """Nothing is heard of the worker: it is stopped, or the network to it is. No request does that to one."""
 
 
 class TransferFailed(AvailabilityError):

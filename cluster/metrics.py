@@ -27,6 +27,7 @@ _BYTES = tuple(float(2**n) for n in range(16, 35, 2))
 _EXPECTED_FAILURES = (
     "WorkerLost",
     "WorkerStalled",
+    "WorkerSilent",
     "TransferFailed",
     "PeerUnreachable",
     "TransferStuck",

@@ -19,6 +19,7 @@ from cluster.errors import (
     NoWorker,
     RequestError,
     WorkerLost,
+    WorkerSilent,
     WorkerStalled,
     from_info,
 )
@@ -41,6 +42,7 @@ from router.breaker_state import Event as BreakerEvent
 from router.breaker_state import LegBegan, LegBlamed, LegEnded, LegProved, LegSucceeded, Opened
 from router.breakers import Breakers
 from router.fleet import Fleet
+from router.fleet_view import Stall
 from router.hints import Hints
 from router.policies import Need, Placement
 from router.records import ChoiceTrace, RecordStore
@@ -309,11 +311,12 @@ class Dispatcher:
         for choice, role in self._legs_at(key):
             self.handle(choice, LegLost(role, WorkerLost(f"{role.value} worker {key.worker} was lost: {reason}")))
 
-    def worker_stalled(self, key: WorkerKey, reason: str) -> None:
+    def worker_stalled(self, key: WorkerKey, stall: Stall) -> None:
         legs = self._legs_at(key)
-        log.warning("worker stalled", worker=key.worker, epoch=key.epoch, reason=reason, attempts=len(legs))
+        log.warning("worker stalled", worker=key.worker, epoch=key.epoch, reason=stall.reason, attempts=len(legs))
+        kind = WorkerSilent if stall.silent else WorkerStalled
         for choice, role in legs:
-            self.handle(choice, LegStalled(role, WorkerStalled(f"{role.value} worker {key.worker} stalled: {reason}")))
+            self.handle(choice, LegStalled(role, kind(f"{role.value} worker {key.worker} stalled: {stall.reason}")))
 
     def _legs_at(self, key: WorkerKey) -> list[tuple[_Choice, Role]]:
         return [(choice, choice.legs[key]) for choice in self._choices.values() if key in choice.legs]

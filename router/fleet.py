@@ -25,7 +25,7 @@ from cluster.logging import get_logger
 from cluster.messages import AnyMessage, Fence, Heartbeat, Member, Message, Refused, Role, RouterHello, WorkerHello
 from cluster.metrics import RouterMetrics, SeenWorker
 from router.breakers import Leg
-from router.fleet_view import FleetLimits, FleetView, WorkerStatus
+from router.fleet_view import FleetLimits, FleetView, Stall, WorkerStatus
 from router.hints import NO_HINTS, Hints, narrowed
 from router.policies import Need, Placement, Policy, Snapshot, compatible_groups
 from router.request_state import WorkerKey
@@ -54,7 +54,7 @@ class WorkerEvents(Protocol):
     def worker_lost(self, key: WorkerKey, reason: str) -> None:
         """Nothing more comes from this link; a worker that is still alive has cancelled our attempts."""
 
-    def worker_stalled(self, key: WorkerKey, reason: str) -> None:
+    def worker_stalled(self, key: WorkerKey, stall: Stall) -> None:
         """The link stands, but our attempts there don't get on. Told again and again while there are any."""
 
 
@@ -192,9 +192,9 @@ class Fleet:
                 log.warning("the router was stuck", seconds=round(now - due, 3))
                 self._view.slept(now - due)
             due = now + STALL_CHECK_SECONDS
-            for key, reason in self._view.stalled(now).items():
+            for key, stall in self._view.stalled(now).items():
                 if self._events is not None:
-                    self._events.worker_stalled(key, reason)
+                    self._events.worker_stalled(key, stall)
 
     # --- links -------------------------------------------------------------------------------------------------------
 

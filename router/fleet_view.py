@@ -37,6 +37,14 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     load: Load
 
 
+class Stall(NamedTuple):
+    """How we know that a worker does not get on."""
+
+    reason: str
+    silent: bool
+    """By hearing nothing; otherwise by its own word."""
+
+
 class FleetLimits(msgspec.Struct, frozen=True):
     """What the live workers can take, in tokens."""
 
@@ -189,13 +197,13 @@ class FleetView:
         for worker in self._workers.values():
             worker.seen += seconds
 
-    def stalled(self, now: float) -> dict[WorkerKey, str]:
+    def stalled(self, now: float) -> dict[WorkerKey, Stall]:
         """The workers that have attempts of ours and don't get on with them, and how we know. Their links stand: to
         stop a worker, or to swallow what it says, breaks no connection."""
         return {
-            key: reason
+            key: stall
             for key, worker in self._workers.items()
-            if worker.linked and worker.commitments and (reason := self._why_stalled(worker, now))
+            if worker.linked and worker.commitments and (stall := self._stall(worker, now))
         }
 
     def is_leaving(self, key: WorkerKey) -> bool:
@@ -244,11 +252,11 @@ class FleetView:
                 errors.append(f"{key}: counted {worker.tokens} tokens, {worker.pages} pages; owned {tokens}, {pages}")
         return errors
 
-    def _why_stalled(self, worker: _Worker, now: float) -> str:
+    def _stall(self, worker: _Worker, now: float) -> Stall | None:
         silent = now - worker.seen
         if silent > self._lease_seconds:
-            return f"it has been silent for {silent:.1f} s"
-        return worker.load.stalled
+            return Stall(f"it has been silent for {silent:.1f} s", silent=True)
+        return Stall(worker.load.stalled, silent=False) if worker.load.stalled else None
 
     def _live(self, worker: _Worker, now: float) -> bool:
         fresh = now - worker.seen <= self._lease_seconds

@@ -4,7 +4,8 @@ Attempts are bounded twice. In a row without progress, because what fails again 
 more: a prompt that its engine dies of, a pair that can't hand over. And in all, because a request that brings down each
 worker right after it got one step further must end, too. A token more than the attempt's first one is progress: the
 first is prefill's own, and says nothing of the handoff and of decode. Progress forgives the failures before it, and
-with them the wait: a long answer may outlive any number of workers.
+with them the wait: a long answer may outlive any number of workers. And a worker that falls silent, or is lost before
+it has begun with the attempt, tells nothing against the request (`innocent`): such failures count in all only.
 
 The first failure in a row is answered at once: workers die alone, and the others are fine. To find no live worker is no
 failure: all of a pool may be restarting. It costs no attempt, only time, which the request's own deadline bounds.
@@ -23,6 +24,7 @@ from cluster.errors import (
     ProtocolError,
     TransferFailed,
     WorkerLost,
+    WorkerSilent,
     WorkerStalled,
 )
 from cluster.messages import FinishReason, Sampling
@@ -65,6 +67,11 @@ def natural_end(output: Sequence[int], sampling: Sampling) -> FinishReason | Non
     return FinishReason.LENGTH if len(output) >= sampling.max_tokens else None
 
 
+def innocent(error: BatonError, *, begun: bool) -> bool:
+    """Whether the request can't have caused `error`; `begun`: the leg to blame had begun to compute it."""
+    return isinstance(error, WorkerSilent) or (isinstance(error, WorkerLost) and not begun)
+
+
 class RetryBudget:
     """The attempts of one choice: how many more, and after what delay."""
 
@@ -72,16 +79,19 @@ class RetryBudget:
         self._limits = limits
         self._failures = 0
         self._in_a_row = 0
+        self._suspicions = 0
+        """Failures in a row that the request itself may have caused."""
         self._without_place = 0
         self._last: BatonError | None = None
 
-    def failed(self, error: BatonError) -> float | None:
+    def failed(self, error: BatonError, *, innocent: bool = False) -> float | None:
         """An attempt has failed. Returns the seconds until the next one, or None: there is none."""
         self._last = error
         self._failures += 1
         self._in_a_row += 1
+        self._suspicions += not innocent
         limits = self._limits
-        spent = self._failures >= limits.max_attempts or self._in_a_row >= limits.max_attempts_without_progress
+        spent = self._failures >= limits.max_attempts or self._suspicions >= limits.max_attempts_without_progress
         if spent or not error.retryable:
             return None
         return self._delay(self._in_a_row - 1) if self._in_a_row > 1 else 0.0
@@ -96,7 +106,7 @@ class RetryBudget:
         self._without_place = 0
 
     def progressed(self) -> None:
-        self._in_a_row = 0
+        self._in_a_row = self._suspicions = 0
 
     def verdict(self) -> BatonError:
         """Why there is no further attempt, once `failed` has said so."""

@@ -47,7 +47,7 @@ from cluster.messages import (
     Sampling,
 )
 from cluster.state_machine import StateMachine
-from router.recovery import DEFAULT_RECOVERY, Interruption, RetryBudget, interruption, natural_end
+from router.recovery import DEFAULT_RECOVERY, Interruption, RetryBudget, innocent, interruption, natural_end
 from router.timings import LegTimings
 
 
@@ -278,11 +278,9 @@ class RequestMachine(StateMachine[Action]):
         """Of this attempt, or of the last one."""
         self._open: dict[Role, WorkerKey] = {}
         """Its legs that are not over."""
-        self._ahead: dict[int, Emitted] = {}
-        """Tokens that came before one of a smaller offset."""
-        self._reason: FinishReason | None = None
-        """Known, but tokens before it are still missing."""
-        self._taken_over = False
+        self._ahead: dict[int, Emitted] = {}  # tokens that came before one of a smaller offset
+        self._reason: FinishReason | None = None  # known, but tokens before it are still missing
+        self._begun: set[Role] = set()  # legs of this attempt that compute, or have; decode: it has taken over
         self._budget = RetryBudget(recovery)
         self._avoid: frozenset[WorkerKey] = frozenset()
         self._keep: frozenset[WorkerKey] = frozenset()
@@ -304,8 +302,9 @@ class RequestMachine(StateMachine[Action]):
         fence = self.fence = Fence(
             self.name, self._attempt, prefill.epoch if prefill else 0, decode.epoch if decode else 0
         )
-        self._resumed_at, self._taken_over = self.delivered, False
+        self._resumed_at = self.delivered
         self._workers = {}
+        self._begun.clear()
         self._budget.placed()
         output = list(self.output)
         actions: list[Action] = []
@@ -331,7 +330,7 @@ class RequestMachine(StateMachine[Action]):
         return [PlaceAgain(self._budget.not_placed(event.error), self._avoid, self._keep)]
 
     def _started(self, event: LegStarted, now: float) -> list[Action]:
-        self._taken_over |= event.role is Role.DECODE
+        self._begun.add(event.role)
         if self.state is RequestState.PLACED:
             self.to(RequestState.PREFILLING)
         return []
@@ -344,7 +343,8 @@ class RequestMachine(StateMachine[Action]):
             if self.delivered <= emitted.offset < self._sampling.max_tokens:
                 self._ahead.setdefault(emitted.offset, emitted)
             # Only a decode leg gives an attempt's second token, and it gives it after it has taken over the KV.
-            self._taken_over |= emitted.offset > self._resumed_at
+            if emitted.offset > self._resumed_at:
+                self._begun.add(Role.DECODE)
         tokens: list[Emitted] = []
         while self.delivered in self._ahead:
             emitted = self._ahead.pop(self.delivered)
@@ -371,7 +371,7 @@ class RequestMachine(StateMachine[Action]):
         if event.reason is FinishReason.RETRACTED:
             return self._interrupted(None, None, actions)
         if event.reason is FinishReason.HANDED_OFF:
-            self._taken_over = True
+            self._begun.add(Role.DECODE)
         else:
             self._reason = event.reason
             actions += self._finish_if_complete()
@@ -392,7 +392,7 @@ class RequestMachine(StateMachine[Action]):
         self.to(RequestState.FINISHED)
         actions: list[Action] = [Finish(reason), *self._cancel(Role.DECODE, "finished")]
         # After the takeover the prefill leg is about to end by itself, and its word has the timings.
-        if not self._taken_over:
+        if Role.DECODE not in self._begun:
             actions += self._cancel(Role.PREFILL, "finished")
         return [*actions, *self._forget_if_over()]
 
@@ -405,7 +405,7 @@ class RequestMachine(StateMachine[Action]):
             closing = self._cancel(event.role, event.error.message)
         else:
             closing = self._close_leg(event)
-        if event.role is Role.PREFILL and self._taken_over and self._has_begun:
+        if event.role is Role.PREFILL and Role.DECODE in self._begun and self._has_begun:
             return closing
         blame = event.blame if isinstance(event, LegFailed) else event.role
         return self._interrupted(event.error, blame, closing)
@@ -424,7 +424,7 @@ class RequestMachine(StateMachine[Action]):
         worker = self._workers.get(blame) if blame else None
         worker = worker or next(iter(self._workers.values()))
         over = AttemptOver(self._live_fence(), interruption(error), error, blame, worker)
-        wait = self._budget.failed(error)
+        wait = self._budget.failed(error, innocent=innocent(error, begun=blame in self._begun))
         if wait is None:
             return [over, *closing, *self._fail(self._budget.verdict(), blame)]
         self._avoid |= {worker}

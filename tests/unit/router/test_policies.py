@@ -6,7 +6,7 @@ from cluster.config import PolicyName
 from cluster.errors import NoWorker, PromptTooLong
 from cluster.layout import KVLayout
 from cluster.messages import Fence, Heartbeat, Load, Member, ModelCard, Role
-from router.fleet_view import FleetView
+from router.fleet_view import FleetView, Stall
 from router.policies import POLICIES, LeastLoad, Need, RoundRobin, Snapshot
 from router.request_state import WorkerKey
 
@@ -173,8 +173,8 @@ def test_a_worker_stalls_when_it_is_silent_or_says_so_while_it_has_work_of_ours(
     beat(view, "d0", now=1.0, ready=False, stalled="the transfer thread has stopped")
     beat(view, "d1", now=2.0, ready=False)
     assert view.stalled(1.0 + LEASE) == {
-        WorkerKey("p0", 1): "it has been silent for 4.0 s",
-        WorkerKey("d0", 1): "the transfer thread has stopped",
+        WorkerKey("p0", 1): Stall("it has been silent for 4.0 s", silent=True),
+        WorkerKey("d0", 1): Stall("the transfer thread has stopped", silent=False),
     }, "d1 is not ready, but gets on; d2 has nothing to do"
     view.release(WorkerKey("p0", 1), fence("a"))
     view.unlinked(WorkerKey("d0", 1))

@@ -15,6 +15,7 @@ from cluster.errors import (
     StaleFence,
     TransferFailed,
     WorkerLost,
+    WorkerSilent,
     WorkerStalled,
 )
 from cluster.messages import (
@@ -340,9 +341,26 @@ def test_attempts_without_progress_come_later_and_later_and_are_bounded():
         delays.append(machine.handle(DECODE_FAILED, 1.0)[-1].after_seconds)
     assert delays == [0.0, 0.5, 0.8]
     machine.handle(PLACED, 1.0)
+    machine.handle(DECODE_STARTED, 1.0)
     (fail,) = (action for action in machine.handle(DECODE_LOST, 1.0) if isinstance(action, Fail))
     assert isinstance(fail.error, AttemptsExhausted) and fail.blame is Role.DECODE
     assert fail.error.message == "4 attempts failed; the last word was WorkerLost: gone"
+
+
+def test_what_no_request_does_to_a_worker_is_not_held_against_one():
+    """It falls silent, or is lost before it has begun: that may happen as often as attempts there are in all."""
+    budget = Recovery(max_attempts=6, max_attempts_without_progress=1)
+    silent = LegStalled(Role.DECODE, WorkerSilent("nothing is heard"))
+    machine = RequestMachine("r-0", [1], Sampling(max_tokens=8, seed=1), 0, budget)
+    for begun, loss in ((True, silent), (False, DECODE_LOST), (True, silent), (False, DECODE_LOST)):
+        machine.handle(PLACED, 1.0)
+        if begun:
+            machine.handle(DECODE_STARTED, 1.0)
+        assert kinds(machine.handle(loss, 1.0))[-1] == "PlaceAgain"
+    machine.handle(PLACED, 1.0)
+    machine.handle(DECODE_STARTED, 1.0)
+    machine.handle(DECODE_LOST, 1.0)
+    assert machine.state is RequestState.FAILED, "this time it may have been the request"
 
 
 def test_a_first_token_alone_is_no_progress_and_a_second_one_forgives():
