@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> int:
         "UCX_NET_DEVICES": f"{DEVICE}:1",
         # Living peers are slow here: their patience, too, is longer.
         "UCX_RC_TIMEOUT": "2s",
+        "UCX_KEEPALIVE_INTERVAL": f"{20 * PACE}s",
         "MC_TRANSFER_TIMEOUT": "40",
     }
     try:

@@ -63,12 +63,12 @@ def transfer(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def start(transfer: str) -> Iterator[Callable[[], Pair]]:
+def start(transfer: str) -> Iterator[Callable[..., Pair]]:
     """A connected pair with large pages that has handed over one already."""
     pairs: list[Pair] = []
 
-    def start_pair() -> Pair:
-        pair = Pair(transfer, layers=LAYERS)
+    def start_pair(environment: dict[str, str] | None = None, **options: float) -> Pair:
+        pair = Pair(transfer, environment, layers=LAYERS, **options)
         pairs.append(pair)
         pair.connect()
         hand_over(pair, fence("warm"), [1], [1])
@@ -123,17 +123,33 @@ backend.close()
 
 
 def test_a_write_needs_nothing_of_the_process_that_it_goes_to(start):
-    """Its receiver is stopped meanwhile."""
+    """Its receiver is stopped meanwhile; for less time than UCX leaves between two questions whether it lives."""
     pair, handoff = start(), fence("one-sided")
     written = prepared(pair, handoff)
     pause(pair.receiver)
     pair.sender.call("computed", handoff, SOURCES, TOKENS)
     pair.sender.call("finish", handoff, 1)
-    wait_until(lambda: Done in sent_by(pair))
+    wait_until(lambda: bool(sent_by(pair) & {Done, Aborted}))
+    assert Aborted not in kinds(pair.to_receiver), "the write failed"
     resume(pair.receiver)
     pair.until(of(KVArrived, handoff))
     assert pair.until(ended(handoff)).error is None
     assert pair.receiver.call("digests", TARGETS) == written
+
+
+@pytest.mark.parametrize("transfer", ["nixl"])
+def test_a_stopped_process_that_is_asked_whether_it_lives_costs_the_write_and_no_page(start):
+    """UCX asks now and then, its peers' software answers, and the end of a write waits for what it has asked before."""
+    pair = start({"UCX_KEEPALIVE_INTERVAL": "1s"}, write_timeout=30.0)
+    asked, after = fence("asked"), fence("after")
+    prepared(pair, asked)
+    pause(pair.receiver)
+    pair.sender.call("computed", asked, SOURCES, TOKENS)
+    assert pair.until(ended(asked), pair.step_sender).error.code == "TransferFailed"
+    resume(pair.receiver)
+    pair.until(of(LeaseEnded, asked))
+    reused_pages_stay_untouched(pair)
+    hand_over(pair, after, SOURCES[:4], TARGETS[:4])
 
 
 def test_a_writer_that_is_killed_in_the_middle_writes_no_more_and_its_pages_come_back(start):
