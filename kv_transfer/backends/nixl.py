@@ -4,6 +4,10 @@ The agent runs without NIXL's progress thread, which would spin a core: the tran
 descriptors are prepared once per pool, so that a write is a list of page numbers. There is no deadline of NIXL's own;
 UCX's TCP timeouts (see `environment`) turn a partition into a failed write after about five seconds.
 
+Over RDMA, pages arrive in a process that is stopped. But a write is done when all that UCX has sent to the peer is
+acknowledged, and its question whether the peer lives, every 20 seconds, is answered by the peer's software: a write
+that comes upon one waits until that process goes on, or UCX gives it up after half a minute.
+
 A request that is released, a peer that is removed, memory that is deregistered: bytes land all the same. Only an agent
 that is destroyed sends nothing more, as it has no thread of its own; `NixlBackend.restart` does that.
 """
