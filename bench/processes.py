@@ -53,7 +53,11 @@ class ProcessTree:
 
     def pids(self) -> dict[str, int]:
         """The first process of each member: what the launcher itself started."""
-        return {_member_name(child): child.pid for child in self._launcher.children()}
+        found = {}
+        for child in self._launcher.children():
+            with suppress(psutil.NoSuchProcess):
+                found[_member_name(child)] = child.pid
+        return found
 
     def _members(self) -> Iterator[tuple[str, psutil.Process]]:
         yield LAUNCHER, self._launcher
