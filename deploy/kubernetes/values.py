@@ -106,12 +106,17 @@ class Strategy(Form, frozen=True, kw_only=True):
     rolling_update: RollingUpdate
 
 
-class Pool(Form, frozen=True, kw_only=True):
+class Scheduled(Form, frozen=True, kw_only=True):
+    """What all of our pods are told alike."""
+
     resources: Resources
     node_selector: dict[str, str]
     tolerations: FreeForms
     affinity: FreeForm
     extra_env: FreeForms
+
+
+class Pool(Scheduled, frozen=True, kw_only=True):
     port: ListenPort
     strategy: Strategy
     startup_seconds: Annotated[int, Meta(ge=2)]
@@ -129,24 +134,14 @@ class RouterService(Form, frozen=True, kw_only=True):
     annotations: dict[str, str]
 
 
-class Routers(Form, frozen=True, kw_only=True):
-    resources: Resources
-    node_selector: dict[str, str]
-    tolerations: FreeForms
-    affinity: FreeForm
-    extra_env: FreeForms
+class Routers(Scheduled, frozen=True, kw_only=True):
     replicas: Positive
     pre_stop_seconds: NonNegative
     service: RouterService
     topology_spread_constraints: FreeForms
 
 
-class BootstrapPod(Form, frozen=True, kw_only=True):
-    resources: Resources
-    node_selector: dict[str, str]
-    tolerations: FreeForms
-    affinity: FreeForm
-    extra_env: FreeForms
+class BootstrapPod(Scheduled, frozen=True, kw_only=True):
     host: str
 
 

@@ -1,17 +1,11 @@
 """The cluster of a `baton up` on this machine, operated from another process; its processes are stand-ins."""
 
-import os
-import signal
-
 import pytest
 import pytest_asyncio
 
-from cluster.topology import load_topology
-from deploy.control_client import connect
-from deploy.run_directory import find_running
-from tests.process.baton_command import PATIENCE, Baton
+from tests.process.baton_command import Baton
 from tests.process.launcher_conformance import *  # noqa: F403
-from tests.process.launcher_conformance import Place, require_stopped
+from tests.process.operated import operated
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -20,15 +14,5 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 async def place(tmp_path_factory):
     baton = Baton(tmp_path_factory.mktemp("local-cluster"))
     await baton.up()
-    await baton.says("ready: ")
-    running = find_running(load_topology(baton.run_directory / "topology.yaml").bootstrap.port)
-    assert running is not None
-
-    async def kill(name: str) -> None:
-        os.kill(baton.pid(name), signal.SIGKILL)
-
-    async with connect(running, lambda _line: None, PATIENCE) as cluster:
-        yield Place(cluster, kill)
-        await require_stopped(cluster)
-    assert await baton.ends() == 0
-    assert baton.left_over() == []
+    async with operated(baton) as place:
+        yield place

@@ -1,17 +1,11 @@
 """What every launcher's cluster does, with workers on two nodes of Ray; all processes are stand-ins."""
 
-import os
-import signal
-
 import pytest
 import pytest_asyncio
 
-from cluster.topology import load_topology
-from deploy.control_client import connect
-from deploy.run_directory import find_running
-from tests.process.baton_command import PATIENCE, Baton
+from tests.process.baton_command import Baton
 from tests.process.launcher_conformance import *  # noqa: F403
-from tests.process.launcher_conformance import Place, require_stopped
+from tests.process.operated import operated
 from tests.ray.conftest import STAND_INS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
@@ -22,20 +16,10 @@ async def place(tmp_path_factory, ray_nodes):
     baton = Baton(tmp_path_factory.mktemp("ray-cluster"))
     variables = f"{{env_vars: {{PYTHONPATH: {STAND_INS}, BATON_STAND_IN_FOLDER: {baton.run_directory}}}}}"
     # Stand-ins know nothing of secrets.
-    place = ("launch=ray", f"ray.address={ray_nodes.address}", "security.allow_insecure=true")
-    await baton.up(*place, f"ray.runtime_env={variables}")
-    await baton.says("ready: ")
-    running = find_running(load_topology(baton.run_directory / "topology.yaml").bootstrap.port)
-    assert running is not None
-
-    async def kill(name: str) -> None:
-        os.kill(baton.pid(name), signal.SIGKILL)
-
-    async with connect(running, lambda _line: None, PATIENCE) as cluster:
-        yield Place(cluster, kill)
-        await require_stopped(cluster)
-    assert await baton.ends() == 0
-    assert baton.left_over() == []
+    settings = ("launch=ray", f"ray.address={ray_nodes.address}", "security.allow_insecure=true")
+    await baton.up(*settings, f"ray.runtime_env={variables}")
+    async with operated(baton) as running:
+        yield running
 
 
 async def test_a_worker_for_which_no_node_has_room_is_named_with_what_it_waits_for(ray_nodes, tmp_path):
