@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import aiohttp
 import msgspec
 
-from cluster.messages import DecodeTimings, HandoffTimings, PrefillTimings
+from cluster.timings import DecodeTimings, HandoffTimings, PrefillTimings
 
 
 class Record(msgspec.Struct, frozen=True):

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from cluster.health_state import Cause, Part
-from cluster.messages import DecodeTimings, FinishReason, HandoffTimings, Load, MemberStatus, PrefillTimings, Role
+from cluster.messages import FinishReason, Load, MemberStatus, Role
+from cluster.timings import DecodeTimings, HandoffTimings, PrefillTimings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -57,28 +58,38 @@ def _begin(family: Counter, **values: Collection[str]) -> None:
         family.labels(**dict(zip(names, combination, strict=True)))
 
 
+class _Families:
+    """Makes the metrics of one process, each of which has the labels `common` before its own."""
+
+    def __init__(self, *common: str) -> None:
+        self.registry = _registry()
+        self._common = common
+
+    def counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, [*self._common, *labels], registry=self.registry)
+
+    def gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, [*self._common, *labels], registry=self.registry)
+
+    def histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, self._common, buckets=buckets, registry=self.registry)
+
+
 class BootstrapMetrics:
     """What bootstrap counts. Written from its event loop only."""
 
     def __init__(self) -> None:
-        self.registry = registry = _registry()
-        self._members = Gauge("baton_members", "Live members.", ["role"], registry=registry)
-        self._ages = Gauge(
-            "baton_member_heartbeat_age_seconds",
-            "Time since a live member's last heartbeat.",
-            ["worker", "role"],
-            registry=registry,
-        )
-        self._watchers = Gauge("baton_watchers", "Processes that follow the roster.", registry=registry)
-        self._joins = Counter("baton_member_joins_total", "Worker instances that registered.", registry=registry)
-        self._leaves = Counter(
-            "baton_member_leaves_total",
-            "Worker instances that are members no more: goodbye, or silence until the lease was over.",
-            ["reason"],
-            registry=registry,
-        )
+        make = _Families()
+        self.registry = make.registry
+        self._members = make.gauge("baton_members", "Live members.", "role")
+        age = "Time since a live member's last heartbeat."
+        self._ages = make.gauge("baton_member_heartbeat_age_seconds", age, "worker", "role")
+        self._watchers = make.gauge("baton_watchers", "Processes that follow the roster.")
+        self._joins = make.counter("baton_member_joins_total", "Worker instances that registered.")
+        left = "Worker instances that are members no more: goodbye, or silence until the lease was over."
+        self._leaves = make.counter("baton_member_leaves_total", left, "reason")
         _begin(self._leaves, reason=("goodbye", "silence"))
-        self._unauthorized = Counter(_UNAUTHORIZED, _UNAUTHORIZED_TEXT, ["reason"], registry=registry)
+        self._unauthorized = make.counter(_UNAUTHORIZED, _UNAUTHORIZED_TEXT, "reason")
 
     def observe(self, members: Collection[MemberStatus], watchers: int) -> None:
         """Brings the gauges up to date. Who is no member has none."""
@@ -118,81 +129,68 @@ class RouterMetrics:
     """What the router counts. Written from its event loop only."""
 
     def __init__(self) -> None:
-        self.registry = registry = _registry()
-        self.requests = Counter(
-            "baton_requests_total", "Requests by route and their one end.", ["route", "outcome"], registry=registry
-        )
+        make = _Families()
+        self.registry = make.registry
+        self._make_request_metrics(make)
+        self._make_attempt_metrics(make)
+        self._make_fleet_metrics(make)
+
+    def _make_request_metrics(self, make: _Families) -> None:
+        self.requests = make.counter("baton_requests_total", "Requests by route and their one end.", "route", "outcome")
         outcomes = ("finished", "cancelled", "rejected", "failed")
         _begin(self.requests, route=("completions", "chat"), outcome=outcomes)
-        self.errors = Counter("baton_request_errors_total", "Errors by class.", ["error"], registry=registry)
-        self.in_flight = Gauge("baton_requests_in_flight", "Requests between arrival and end.", registry=registry)
-        self.prompt_tokens = Histogram(
-            "baton_request_prompt_tokens", "Prompt length of a request.", buckets=_TOKENS, registry=registry
-        )
-        self.output_tokens = Histogram(
-            "baton_request_output_tokens", "Output length of a request.", buckets=_TOKENS, registry=registry
-        )
-        self.first_token = Histogram(
-            "baton_time_to_first_token_seconds", "Arrival to first token.", buckets=_LATENCY, registry=registry
-        )
-        self.inter_token = Histogram(
-            "baton_inter_token_latency_seconds", "Between two tokens of a request.", buckets=_STEP, registry=registry
-        )
-        self.duration = Histogram(
-            "baton_request_duration_seconds", "Arrival to end.", buckets=_LATENCY, registry=registry
-        )
-        self.tokenize = Histogram(
-            "baton_tokenize_seconds", "Template and tokenization of a request.", buckets=_STEP, registry=registry
-        )
-        self.resumptions = Counter(
-            "baton_request_resumptions_total",
-            "Requests that went on as another attempt, by what ended the one before.",
-            ["reason"],
-            registry=registry,
-        )
-        self.breaker_trips = Counter(
-            "baton_breaker_trips_total",
-            "Times that a worker was shut out for a while, after failures of requests that it had.",
-            ["worker", "role"],
-            registry=registry,
-        )
-        self._tripped: set[tuple[str, str]] = set()
-        self.failures = Counter(
-            "baton_attempt_failures_total",
-            "Attempts that failed, by error class and by the leg that is to blame (none: nobody in particular).",
-            ["error", "role"],
-            registry=registry,
-        )
-        _begin(self.failures, error=_EXPECTED_FAILURES, role=[role.value for role in Role])
-        self.placements = Counter(
-            "baton_placements_total",
-            "Attempts that were given workers: a pair, a decode worker alone, or a prefill worker alone.",
-            ["legs"],
-            registry=registry,
-        )
-        _begin(self.placements, legs=("pair", "decode", "prefill"))
-        self.placement = Histogram(
-            "baton_placement_seconds", "Choosing an attempt's workers.", buckets=_PLACEMENT, registry=registry
-        )
-        self.refusals = Counter(
-            "baton_admission_refusals_total", "Requests answered 429, by the bound.", ["reason"], registry=registry
-        )
+        self.errors = make.counter("baton_request_errors_total", "Errors by class.", "error")
+        self.in_flight = make.gauge("baton_requests_in_flight", "Requests between arrival and end.")
+        self.prompt_tokens = make.histogram("baton_request_prompt_tokens", "Prompt length of a request.", _TOKENS)
+        self.output_tokens = make.histogram("baton_request_output_tokens", "Output length of a request.", _TOKENS)
+        self.first_token = make.histogram("baton_time_to_first_token_seconds", "Arrival to first token.", _LATENCY)
+        between = "Between two tokens of a request."
+        self.inter_token = make.histogram("baton_inter_token_latency_seconds", between, _STEP)
+        self.duration = make.histogram("baton_request_duration_seconds", "Arrival to end.", _LATENCY)
+        self.tokenize = make.histogram("baton_tokenize_seconds", "Template and tokenization of a request.", _STEP)
+        self.refusals = make.counter("baton_admission_refusals_total", "Requests answered 429, by the bound.", "reason")
         _begin(self.refusals, reason=("choices", "queued_tokens", "wait", "displaced"))
-        self.oldest_waiting = Gauge(
+        self.oldest_waiting = make.gauge(
             "baton_oldest_waiting_request_seconds",
             "How long the oldest request has waited whose first compute has not begun; 0: none waits.",
-            registry=registry,
         )
-        self.queued_tokens = Gauge(
-            "baton_queued_prompt_tokens", "Prompt tokens of this router's requests that wait.", registry=registry
+        waiting = "Prompt tokens of this router's requests that wait."
+        self.queued_tokens = make.gauge("baton_queued_prompt_tokens", waiting)
+        self.choices = make.gauge("baton_choices_in_flight", "Choices between admission and end.")
+
+    def _make_attempt_metrics(self, make: _Families) -> None:
+        self.resumptions = make.counter(
+            "baton_request_resumptions_total",
+            "Requests that went on as another attempt, by what ended the one before.",
+            "reason",
         )
-        self.choices = Gauge("baton_choices_in_flight", "Choices between admission and end.", registry=registry)
-        self.workers = Gauge("baton_workers", "Live workers in the router's view.", ["role"], registry=registry)
-        self.stale = Counter(
-            "baton_stale_messages_total", "Messages refused for their fence.", ["kind"], registry=registry
+        self.failures = make.counter(
+            "baton_attempt_failures_total",
+            "Attempts that failed, by error class and by the leg that is to blame (none: nobody in particular).",
+            "error",
+            "role",
         )
+        _begin(self.failures, error=_EXPECTED_FAILURES, role=[role.value for role in Role])
+        self.placements = make.counter(
+            "baton_placements_total",
+            "Attempts that were given workers: a pair, a decode worker alone, or a prefill worker alone.",
+            "legs",
+        )
+        _begin(self.placements, legs=("pair", "decode", "prefill"))
+        self.placement = make.histogram("baton_placement_seconds", "Choosing an attempt's workers.", _PLACEMENT)
+        self.stale = make.counter("baton_stale_messages_total", "Messages refused for their fence.", "kind")
+
+    def _make_fleet_metrics(self, make: _Families) -> None:
+        self.workers = make.gauge("baton_workers", "Live workers in the router's view.", "role")
+        self.breaker_trips = make.counter(
+            "baton_breaker_trips_total",
+            "Times that a worker was shut out for a while, after failures of requests that it had.",
+            "worker",
+            "role",
+        )
+        self._tripped: set[tuple[str, str]] = set()
         self._by_worker = {
-            name: Gauge(name, text, ["worker", "role"], registry=registry)
+            name: make.gauge(name, text, "worker", "role")
             for name, text in (
                 ("baton_worker_attempts", "Attempts of this router that are under way at a worker."),
                 ("baton_worker_heartbeat_age_seconds", "Time since a linked worker's last heartbeat."),
@@ -226,73 +224,72 @@ class WorkerMetrics:
     """What a worker counts. Written from its control process's event loop only."""
 
     def __init__(self, worker: str, role: Role) -> None:
-        self.registry = registry = _registry()
         self._labels = {"worker": worker, "role": role.value}
-        names = list(self._labels)
+        make = _Families(*self._labels)
+        self.registry = make.registry
+        self._make_work_metrics(make)
+        self._make_memory_metrics(make)
+        self._make_health_metrics(make)
 
-        def counter(name: str, text: str, *more: str) -> Counter:
-            return Counter(name, text, [*names, *more], registry=registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, text, names, buckets=buckets, registry=registry)
-
-        def gauge(name: str, text: str, *more: str) -> Gauge:
-            return Gauge(name, text, [*names, *more], registry=registry)
-
-        self._attempts = counter("baton_attempts_total", "Attempts by their end.", "outcome")
-        self._tokens = counter("baton_output_tokens_total", "Tokens sampled.")
-        self._prefilled = counter("baton_prefill_tokens_total", "Prompt tokens computed.")
-        self._steps = gauge("baton_engine_steps", "Engine steps since its start.")
-        self._queue_wait = histogram("baton_queue_wait_seconds", "Attempt received to first compute.", _LATENCY)
-        self._prefill = histogram("baton_prefill_seconds", "First chunk to last chunk computed.", _LATENCY)
-        self._handoff = histogram("baton_handoff_seconds", "Time with writes under way.", _LATENCY)
-        self._exposed = histogram("baton_handoff_exposed_seconds", "Last chunk computed to ACK.", _LATENCY)
-        self._grant_wait = histogram("baton_grant_wait_seconds", "OFFER to GRANT.", _LATENCY)
-        self._handoff_size = histogram("baton_handoff_size_bytes", "KV bytes of one handoff.", _BYTES)
-        self._handoff_bytes = counter("baton_handoff_bytes_total", "KV bytes written to peers.")
-        self._batch = histogram("baton_decode_batch_size", "Mean batch size of a request's steps.", _BATCH)
-        self._step = histogram("baton_decode_step_seconds", "Mean time of a request's steps.", _STEP)
-        self._running = gauge("baton_running_requests", "Attempts in the step loop.")
-        self._waiting = gauge("baton_waiting_requests", "Attempts that wait for compute or KV.")
-        self._waiting_tokens = gauge(
+    def _make_work_metrics(self, make: _Families) -> None:
+        self._attempts = make.counter("baton_attempts_total", "Attempts by their end.", "outcome")
+        self._tokens = make.counter("baton_output_tokens_total", "Tokens sampled.")
+        self._prefilled = make.counter("baton_prefill_tokens_total", "Prompt tokens computed.")
+        self._steps = make.gauge("baton_engine_steps", "Engine steps since its start.")
+        self._queue_wait = make.histogram("baton_queue_wait_seconds", "Attempt received to first compute.", _LATENCY)
+        self._prefill = make.histogram("baton_prefill_seconds", "First chunk to last chunk computed.", _LATENCY)
+        self._handoff = make.histogram("baton_handoff_seconds", "Time with writes under way.", _LATENCY)
+        self._exposed = make.histogram("baton_handoff_exposed_seconds", "Last chunk computed to ACK.", _LATENCY)
+        self._grant_wait = make.histogram("baton_grant_wait_seconds", "OFFER to GRANT.", _LATENCY)
+        self._handoff_size = make.histogram("baton_handoff_size_bytes", "KV bytes of one handoff.", _BYTES)
+        self._handoff_bytes = make.counter("baton_handoff_bytes_total", "KV bytes written to peers.")
+        self._batch = make.histogram("baton_decode_batch_size", "Mean batch size of a request's steps.", _BATCH)
+        self._step = make.histogram("baton_decode_step_seconds", "Mean time of a request's steps.", _STEP)
+        self._running = make.gauge("baton_running_requests", "Attempts in the step loop.")
+        self._waiting = make.gauge("baton_waiting_requests", "Attempts that wait for compute or KV.")
+        self._waiting_tokens = make.gauge(
             "baton_waiting_tokens", "Prompt tokens that wait for compute, those in the prefix cache left out."
         )
-        self._pages_used = gauge("baton_kv_pages_used", "KV pages that have an owner.", "owner")
-        self._pages = gauge("baton_kv_pages", "KV pages of the pool.")
-        self._cached = gauge(
+        self._begin(self._attempts, outcome=[*(reason.value for reason in FinishReason), "failed", "given_back"])
+        for family in (self._tokens, self._prefilled, self._handoff_bytes):
+            self._begin(family)
+
+    def _make_memory_metrics(self, make: _Families) -> None:
+        self._pages_used = make.gauge("baton_kv_pages_used", "KV pages that have an owner.", "owner")
+        self._pages = make.gauge("baton_kv_pages", "KV pages of the pool.")
+        self._cached = make.gauge(
             "baton_kv_pages_cached", "KV pages that only the prefix cache has: whoever needs pages gets them."
         )
-        self._committed = gauge(
+        self._committed = make.gauge(
             "baton_kv_committed_ratio",
             "Share of the pool that requests hold or that is kept for them; what only the prefix cache has is free.",
         )
-        self._quarantined = gauge("baton_kv_pages_quarantined", "Granted pages waiting for their writer's word.")
-        self._transfers = gauge("baton_transfers_in_flight", "Handoffs between OFFER and end.")
-        self._stale = counter("baton_worker_stale_messages_total", "Messages refused for their fence.")
+        self._quarantined = make.gauge("baton_kv_pages_quarantined", "Granted pages waiting for their writer's word.")
+
+    def _make_health_metrics(self, make: _Families) -> None:
+        self._transfers = make.gauge("baton_transfers_in_flight", "Handoffs between OFFER and end.")
+        self._stale = make.counter("baton_worker_stale_messages_total", "Messages refused for their fence.")
         self._stale_told = 0
         """By the engine process, since its start."""
-        self._peers = gauge("baton_peers", "Connected peers of the other pool.")
-        self._ready = gauge("baton_ready", "1 while the worker takes new work.")
-        self._engine_restarts = counter(
+        self._peers = make.gauge("baton_peers", "Connected peers of the other pool.")
+        self._ready = make.gauge("baton_ready", "1 while the worker takes new work.")
+        self._engine_restarts = make.counter(
             "baton_engine_restarts_total",
             "Engine processes started after one died, or was killed for a stall.",
             "cause",
         )
-        self._stalls = counter("baton_stalls_total", "Times that a part stopped making progress.", "part")
-        self._oldest_transfer = gauge("baton_oldest_transfer_seconds", "Age of the oldest unfinished transfer.")
-        self._unauthorized = counter(_UNAUTHORIZED, _UNAUTHORIZED_TEXT, "reason")
-        self._refused = counter(
+        self._stalls = make.counter("baton_stalls_total", "Times that a part stopped making progress.", "part")
+        self._oldest_transfer = make.gauge("baton_oldest_transfer_seconds", "Age of the oldest unfinished transfer.")
+        self._unauthorized = make.counter(_UNAUTHORIZED, _UNAUTHORIZED_TEXT, "reason")
+        self._refused = make.counter(
             "baton_refused_links_total",
             "Links that were refused, or ended for a frame that broke the contract.",
             "link",
         )
-        outcomes = [*(reason.value for reason in FinishReason), "failed", "given_back"]
-        self._begin(self._attempts, outcome=outcomes)
+        self._begin(self._stale)
         self._begin(self._engine_restarts, cause=[cause.value for cause in Cause])
         self._begin(self._stalls, part=[part.value for part in Part])
         self._begin(self._refused, link=("router", "peer"))
-        for family in (self._tokens, self._prefilled, self._handoff_bytes, self._stale):
-            self._begin(family)
 
     def _begin(self, family: Counter, **values: Collection[str]) -> None:
         own = {name: [value] for name, value in self._labels.items()}

@@ -22,12 +22,11 @@ from cluster.messages import (
     AttemptFinished,
     AttemptStarted,
     DecodeAttempt,
-    DecodeTimings,
     FinishReason,
-    PrefillTimings,
     Role,
 )
 from cluster.state_machine import StateMachine
+from cluster.timings import DecodeTimings, PrefillTimings
 
 
 class DecodeState(Enum):

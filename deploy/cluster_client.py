@@ -14,7 +14,8 @@ import msgspec
 from cluster.access.security import ClusterSecurity, router_session
 from cluster.config import Bootstrap, Router, Security
 from cluster.errors import LaunchError, NotFound
-from cluster.messages import DecodeTimings, HandoffTimings, Member, MemberStatus, PrefillTimings
+from cluster.messages import Member, MemberStatus
+from cluster.timings import DecodeTimings, HandoffTimings, PrefillTimings
 
 _ShapeT = TypeVar("_ShapeT")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from cluster.messages import DecodeTimings, HandoffTimings, PrefillTimings
+from cluster.timings import DecodeTimings, HandoffTimings, PrefillTimings
 from deploy.cluster_client import AttemptRecord, RequestRecord
 
 BAR_WIDTH = 32

@@ -9,7 +9,8 @@ from typing import Union
 from cluster.clock import Clock
 from cluster.errors import ErrorInfo, IllegalTransition, StaleFence
 from cluster.layout import KVLayout
-from cluster.messages import Abort, Aborted, Ack, Fence, Grant, HandoffMessage, HandoffTimings, PeerHello, Role
+from cluster.messages import Abort, Aborted, Ack, Fence, Grant, HandoffMessage, PeerHello, Role
+from cluster.timings import HandoffTimings
 from kv_transfer import sender_state as state
 from kv_transfer.driver import TransferPort, WritesEnded
 from kv_transfer.group import RankPort, TransferGroup

@@ -27,8 +27,9 @@ from math import inf
 from typing import Union
 
 from cluster.errors import BatonError, ErrorInfo, PeerUnreachable, ProtocolError, TransferFailed, WorkerLost
-from cluster.messages import Aborted, Done, Fence, Grant, HandoffTimings, Offer, Role
+from cluster.messages import Aborted, Done, Fence, Grant, Offer, Role
 from cluster.state_machine import StateMachine
+from cluster.timings import HandoffTimings
 from kv_transfer.plan import Batch, WritePlan
 from kv_transfer.repeats import Repeats
 

@@ -21,12 +21,11 @@ from cluster.messages import (
     AttemptFinished,
     AttemptStarted,
     FinishReason,
-    HandoffTimings,
     PrefillAttempt,
-    PrefillTimings,
     Role,
 )
 from cluster.state_machine import StateMachine
+from cluster.timings import HandoffTimings, PrefillTimings
 
 ENDED_AT_FIRST_TOKEN = ErrorInfo("FinishedEarly", "the request ended with its first token: there is nothing to decode")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from cluster.errors import BatonError
-from cluster.messages import DecodeTimings, HandoffTimings, PrefillTimings
+from cluster.timings import DecodeTimings, HandoffTimings, PrefillTimings
 
 KEPT_REQUESTS = 4096
 KEPT_ATTEMPTS = 16

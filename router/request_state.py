@@ -36,17 +36,15 @@ from cluster.errors import BatonError, DeadlineExceeded, ProtocolError
 from cluster.messages import (
     CancelAttempt,
     DecodeAttempt,
-    DecodeTimings,
     Emitted,
     Fence,
     FinishReason,
-    HandoffTimings,
     PrefillAttempt,
-    PrefillTimings,
     Role,
     Sampling,
 )
 from cluster.state_machine import StateMachine
+from cluster.timings import DecodeTimings, HandoffTimings, PrefillTimings
 from router.recovery import DEFAULT_RECOVERY, Interruption, RetryBudget, innocent, interruption, natural_end
 from router.timings import LegTimings
 

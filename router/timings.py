@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.messages import DecodeTimings, HandoffTimings, PrefillTimings
+from cluster.timings import DecodeTimings, HandoffTimings, PrefillTimings
 
 
 @dataclass

@@ -22,17 +22,14 @@ from cluster.messages import (
     AttemptFinished,
     AttemptStarted,
     DecodeAttempt,
-    DecodeTimings,
     Emitted,
     FinishReason,
-    HandoffTimings,
     Heartbeat,
     Load,
     Member,
     Message,
     ModelCard,
     PrefillAttempt,
-    PrefillTimings,
     Register,
     Registered,
     Role,
@@ -41,6 +38,7 @@ from cluster.messages import (
     Watch,
     WorkerHello,
 )
+from cluster.timings import DecodeTimings, HandoffTimings, PrefillTimings
 
 LAYOUT = KVLayout(model="none", dtype="bfloat16", page_size=16, layers=32, kv_heads=8, head_dim=128)
 POOL_PAGES = 8192

@@ -15,7 +15,7 @@ from bench.statistics import Repeated
 from bench.workload import Prompts
 from cluster.config import Topology, TransferName
 from cluster.errors import LaunchError
-from cluster.messages import HandoffTimings, PrefillTimings
+from cluster.timings import HandoffTimings, PrefillTimings
 from cluster.topology import load_topology
 
 POOL_PROMPTS = 8

@@ -17,10 +17,8 @@ from cluster.messages import (
     AttemptStarted,
     CancelAttempt,
     DecodeAttempt,
-    DecodeTimings,
     Emitted,
     FinishReason,
-    HandoffTimings,
     Heartbeat,
     Load,
     Logprobs,
@@ -28,13 +26,13 @@ from cluster.messages import (
     Message,
     ModelCard,
     PrefillAttempt,
-    PrefillTimings,
     Refused,
     Role,
     RouterHello,
     Tokens,
     WorkerHello,
 )
+from cluster.timings import DecodeTimings, HandoffTimings, PrefillTimings
 
 HEARTBEAT_SECONDS = 0.05
 DAMAGED = ErrorInfo("TransferFailed", "a page arrived damaged")

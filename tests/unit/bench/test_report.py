@@ -17,7 +17,7 @@ from bench.statistics import Repeated
 from bench.targets import at_least, at_most, targets_table
 from bench.tuning import Tuned
 from bench.workload import WORKLOADS
-from cluster.messages import HandoffTimings
+from cluster.timings import HandoffTimings
 
 
 def result(name, inter_token, **more):

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from cluster.messages import DecodeTimings, HandoffTimings, PrefillTimings
+from cluster.timings import DecodeTimings, HandoffTimings, PrefillTimings
 from deploy.cluster_client import AttemptRecord, FirstToken, Percentiles, RequestRecord
 from deploy.explain import BAR_WIDTH, stages, waterfall
 

@@ -18,16 +18,14 @@ from cluster.errors import (
 )
 from cluster.messages import (
     DecodeAttempt,
-    DecodeTimings,
     Emitted,
     Fence,
     FinishReason,
-    HandoffTimings,
     PrefillAttempt,
-    PrefillTimings,
     Role,
     Sampling,
 )
+from cluster.timings import DecodeTimings, HandoffTimings, PrefillTimings
 from router.recovery import Interruption
 from router.request_state import (
     AttemptOver,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.messages import PrefillTimings
+from cluster.timings import PrefillTimings
 from router.api.identity import sanitised, unique_id
 from router.api.openapi import document
 from router.api.plan import choice_seed

@@ -13,11 +13,11 @@ from cluster.messages import (
     AttemptStarted,
     Fence,
     FinishReason,
-    HandoffTimings,
     PrefillAttempt,
     Role,
     Sampling,
 )
+from cluster.timings import HandoffTimings
 from prefill_worker import prefill_state as state
 from prefill_worker.prefill_state import PrefillMachine, PrefillState
 
