@@ -11,20 +11,25 @@ from tests.ray.conftest import STAND_INS
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
 
+def stand_ins_on_ray(baton: Baton, address: str) -> tuple[str, ...]:
+    """The settings by which Ray's nodes, which do not have this test's environment, start stand-ins for ``baton``."""
+    variables = f"{{env_vars: {{PYTHONPATH: {STAND_INS}, BATON_STAND_IN_FOLDER: {baton.run_directory}}}}}"
+    # Stand-ins know nothing of secrets.
+    insecure = "security.allow_insecure=true"
+    return ("launch=ray", f"ray.address={address}", f"ray.runtime_env={variables}", insecure)
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def place(tmp_path_factory, ray_nodes):
     baton = Baton(tmp_path_factory.mktemp("ray-cluster"))
-    variables = f"{{env_vars: {{PYTHONPATH: {STAND_INS}, BATON_STAND_IN_FOLDER: {baton.run_directory}}}}}"
-    # Stand-ins know nothing of secrets.
-    settings = ("launch=ray", f"ray.address={ray_nodes.address}", "security.allow_insecure=true")
-    await baton.up(*settings, f"ray.runtime_env={variables}")
+    await baton.up(*stand_ins_on_ray(baton, ray_nodes.address))
     async with operated(baton) as running:
         yield running
 
 
 async def test_a_worker_for_which_no_node_has_room_is_named_with_what_it_waits_for(ray_nodes, tmp_path):
     baton = Baton(tmp_path)
-    settings = ("launch=ray", f"ray.address={ray_nodes.address}", "ray.decode.resources={unobtainium: 1}")
+    settings = (*stand_ins_on_ray(baton, ray_nodes.address), "ray.decode.resources={unobtainium: 1}")
     chosen = [word for setting in settings for word in ("--set", setting)]
     await baton.start("up", "t.yaml", "--start-timeout", "3", *chosen)
     assert await baton.ends() == 1
