@@ -24,6 +24,10 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Cores = list[list[NonNegative]]
 """For each replica, the cores it is pinned to; also its number of compute threads. When a pool has been scaled beyond
 them, its workers share them in turn. The ranks of a replica divide its cores."""
+Gpus = list[list[NonNegative]]
+"""For each replica, the GPUs of its ranks, by their numbers among those that `baton up` sees: the machine's, or those
+of its CUDA_VISIBLE_DEVICES. When a pool has been scaled beyond them, its workers share them in turn. With `launch:
+local` only; by default each worker gets those that the fewest others have."""
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -151,7 +155,8 @@ class Model(Section, frozen=True):
     kernels: Kernels = Kernels.AUTO
     attention: Attention = Attention.AUTO
     device: Device = Device.AUTO
-    """Where workers compute; of several GPUs, those of CUDA_VISIBLE_DEVICES, one for each rank."""
+    """Where workers compute; on GPUs, each rank has one. Which ones, `gpus` of the pools says, or the place where the
+    cluster runs; a worker that is started by hand takes the first ones of its CUDA_VISIBLE_DEVICES."""
 
 
 class KV(Section, frozen=True):
@@ -380,7 +385,11 @@ class Prefill(Section, frozen=True):
     tensor_parallel: Positive = 1
     """Engine processes that each worker's model is spread over: its heads, MLPs and vocabulary, and with the heads the
     KV of each token. At most as many as the model has query heads. The pools need not have the same."""
+    nodes: Positive = 1
+    """Hosts that the ranks of each worker are spread over, as many on each: for a model that exceeds one host. What its
+    ranks say to each other there goes over the network as it is, like the KV: on a network of your own only."""
     cpus: Cores = []
+    gpus: Gpus = []
     scheduling: PrefillScheduling = PrefillScheduling()
 
 
@@ -392,7 +401,10 @@ class Decode(Section, frozen=True):
     max_running: Positive = 64
     tensor_parallel: Positive = 1
     """As in `prefill`."""
+    nodes: Positive = 1
+    """As in `prefill`."""
     cpus: Cores = []
+    gpus: Gpus = []
     scheduling: DecodeScheduling = DecodeScheduling()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import yaml
 
-from cluster.config import Decode, Network, Prefill, Topology
+from cluster.config import Decode, LauncherName, Network, Prefill, Topology
 from cluster.errors import ConfigError
 from cluster.settings import Settings, build, read_override, read_yaml
 
@@ -33,6 +33,8 @@ def load_topology(path: str | Path, overrides: Sequence[str] = ()) -> Topology:
     check.pool(topology)
     check.cores("prefill", topology.prefill)
     check.cores("decode", topology.decode)
+    check.gpus("prefill", topology.prefill, topology.launch)
+    check.gpus("decode", topology.decode, topology.launch)
     check.network(topology)
     return topology
 
@@ -75,6 +77,21 @@ class _Checks:
         for index, cores in enumerate(pool.cpus):
             if not cores or len(set(cores)) < len(cores):
                 raise self._error(f"{key}[{index}]", f"expected one or more different cores, found {cores}")
+
+    def gpus(self, name: str, pool: Prefill | Decode, launch: LauncherName) -> None:
+        key = f"{name}.gpus"
+        if not pool.gpus:
+            return
+        if launch is not LauncherName.LOCAL:
+            raise self._error(key, f"only with launch=local; {launch.value} gives workers their GPUs itself")
+        if len(pool.gpus) < pool.replicas:
+            raise self._error(key, f"expected GPUs for each of {pool.replicas} replicas, found {len(pool.gpus)}")
+        for index, gpus in enumerate(pool.gpus):
+            if len(gpus) != pool.tensor_parallel or len(set(gpus)) < len(gpus):
+                raise self._error(
+                    f"{key}[{index}]",
+                    f"expected a GPU of its own for each of {pool.tensor_parallel} ranks, found {gpus}",
+                )
 
     def network(self, topology: Topology) -> None:
         bootstrap, router = topology.bootstrap, topology.router

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -23,6 +24,7 @@ from deploy.demo import run_demo
 from deploy.detached import bring_up
 from deploy.explain import waterfall
 from deploy.foreground import run_cluster
+from deploy.gpus import deal_gpus, visible_gpus
 from deploy.kubernetes.cli import app as kubernetes
 from deploy.launchers.base import Cluster
 from deploy.memory import Wanted as MemoryWanted
@@ -209,6 +211,8 @@ def validate(topology_path: TopologyPath, overrides: Overrides = []) -> None:  #
     print(dump_topology(topology), end="")
     try:
         resolve_model(topology.model.path)
+        if topology.launch is LauncherName.LOCAL:
+            deal_gpus(topology, visible_gpus(os.environ))
     except ConfigError as error:
         # No reason to fail: the cluster may run elsewhere.
         print(f"note: not on this machine: {error}", file=sys.stderr)

@@ -44,6 +44,8 @@ async def run_cluster(
         directory = make_run_directory(log_directory)
         runner = place.make_runner(directory, write_topology(directory, topology))
         console.print(f"logs: {directory}", markup=False, highlight=False, soft_wrap=True)
+        for note in place.notes:
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
         with announced(topology.bootstrap.port, directory) as running:
             await _run(topology, runner, running, start_timeout, console, serve)
 

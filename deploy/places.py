@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from cluster.config import LauncherName, Topology
 from cluster.errors import ConfigError
+from deploy.gpus import GpuDealer, deal_gpus, visible_gpus
 from deploy.launchers.local import LocalProcesses
 from deploy.launchers.processes import ProcessRunner
 
@@ -20,6 +23,8 @@ class Place(NamedTuple):
     topology: Topology
     """With the addresses that it has there."""
     make_runner: MakeRunner
+    notes: Sequence[str] = ()
+    """Lines for whoever starts it."""
 
 
 @contextmanager
@@ -37,8 +42,9 @@ def open_place(topology: Topology) -> Iterator[Place]:
         with connected(topology) as resolved:
             yield Place(resolved, make_runner)
     else:
-        yield Place(topology, _local_processes)
+        gpus = deal_gpus(topology, visible_gpus(os.environ))
+        yield Place(topology, partial(_local_processes, gpus), [] if gpus is None else gpus.story())
 
 
-def _local_processes(directory: Path, topology_file: Path) -> LocalProcesses:
-    return LocalProcesses(directory, ("--topology", str(topology_file)))
+def _local_processes(gpus: GpuDealer | None, directory: Path, topology_file: Path) -> LocalProcesses:
+    return LocalProcesses(directory, ("--topology", str(topology_file)), gpus=gpus)

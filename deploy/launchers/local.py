@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from cluster.errors import LaunchError
 from cluster.process import die_with_parent
+from deploy.gpus import GpuDealer
 from deploy.launchers.processes import ProcessExit, ProcessSpec, ProcessStatus
 from deploy.log_files import log_file, tail
 
@@ -37,11 +38,13 @@ class LocalProcesses:
         common: Sequence[str] = (),
         environment: Mapping[str, str] = _NO_VARIABLES,
         exits: asyncio.Queue[ProcessExit] | None = None,
+        gpus: GpuDealer | None = None,
     ) -> None:
         """`common`: arguments of every process, before its own; `environment`: variables beside our own; `exits`: where
-        to tell of ends, for one who has further processes elsewhere."""
+        to tell of ends, for one who has further processes elsewhere; `gpus`: who says which ones a process sees."""
         self._directory = directory
         self._common = common
+        self._gpus = gpus
         # PYTHONSAFEPATH (Python 3.11): a folder named "router" where the user stands must not hide our module.
         self._environment = {**os.environ, "PYTHONSAFEPATH": "1", **environment}
         self._lives: dict[str, _Life] = {}
@@ -62,7 +65,7 @@ class LocalProcesses:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=asyncio.subprocess.STDOUT,
-                    env=self._environment,
+                    env={**self._environment, **({} if self._gpus is None else self._gpus.variables(process))},
                     start_new_session=True,
                     preexec_fn=die_with_parent,
                 )
@@ -85,6 +88,8 @@ class LocalProcesses:
                 _kill_group(life.process.pid)
         if lives:
             await asyncio.wait([life.watching for life in lives])
+        if self._gpus is not None:
+            self._gpus.take_back(names)
 
     async def next_exit(self) -> ProcessExit:
         return await self._exits.get()

@@ -135,6 +135,12 @@ def test_a_mistake_in_the_file_is_pointed_at(write, text, message):
             r"ray.decode.resources.*: expected a mapping .* number of at least 0",
         ),
         ("decode: {replicas: 2, cpus: [[0]]}", "decode.cpus: expected cores for each of 2 replicas, found 1"),
+        ("decode: {replicas: 2, gpus: [[0]]}", "decode.gpus: expected GPUs for each of 2 replicas, found 1"),
+        (
+            "decode: {tensor_parallel: 2, gpus: [[0, 0]]}",
+            r"decode.gpus\[0\]: expected a GPU of its own for each of 2 ranks, found \[0, 0\]",
+        ),
+        ("prefill: {gpus: [[0]]}\nlaunch: ray", "prefill.gpus: only with launch=local; ray gives workers their GPUs"),
         ("decode: {cpus: [[]]}", r"decode.cpus\[0\]: expected one or more different cores, found \[\]"),
         ("logging: {level: loud}", "logging.level: expected one of debug, info, warning, error"),
     ],
