@@ -5,9 +5,9 @@ One page holds all layers of `page_size` consecutive tokens, contiguously:
     [kv_heads, layers, 2 (K then V), page_size, head_dim]      of `dtype`
 
 so that a page is one range of bytes, and so is any range of its heads: one descriptor of a transfer engine, one
-digest. The pool is `pages` of these in a row. Of a worker whose model is spread over `shards` ranks, each rank has a
-pool of its own, with its heads of each page (`cluster.shards`). Two workers can hand over to each other when their
-fingerprints are equal; how many shards they have does not matter.
+digest. The pool is `pages` of these in a row. Of a worker whose model is spread over several ranks, each has a pool of
+its own, with its heads and its layers of each page (`cluster.shards`). Two workers can hand over to each other when
+their fingerprints are equal; how they are divided does not matter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta
 
 from cluster.errors import LayoutMismatch
-from cluster.shards import key_value_heads
+from cluster.shards import Grid, key_value_heads, layers_of
 
 SCHEMA_VERSION = 2
 """Version of the messages and of the page format; both ends of a connection must have the same."""
@@ -29,8 +29,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
 class KVLayout(msgspec.Struct, frozen=True):
-    """What two workers must agree on to exchange pages, all but `shards`: into how many ranks the heads are divided.
-    `model` is a digest of the weights' identity, not a path."""
+    """What two workers must agree on to exchange pages, all but `shards` and `stages`: among how many ranks heads and
+    layers are divided. `model` is a digest of the weights' identity, not a path."""
 
     model: str
     dtype: str
@@ -39,6 +39,7 @@ class KVLayout(msgspec.Struct, frozen=True):
     kv_heads: Positive
     head_dim: Positive
     shards: Positive = 1
+    stages: Positive = 1
     digest: str = "xxh3_64"
     version: int = SCHEMA_VERSION
 
@@ -61,10 +62,15 @@ class KVLayout(msgspec.Struct, frozen=True):
         """Pages that `tokens` tokens occupy."""
         return -(-tokens // self.page_size)
 
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.shards, self.stages)
+
     def of_rank(self, rank: int) -> KVLayout:
-        """Of one rank's own pool: its heads, undivided."""
-        heads = key_value_heads(self.kv_heads, self.shards, rank)
-        return msgspec.structs.replace(self, kv_heads=len(heads), shards=1)
+        """Of one rank's own pool: its heads and layers, undivided."""
+        heads = key_value_heads(self.kv_heads, self.shards, self.grid.shard_of(rank))
+        layers = layers_of(self.layers, self.stages, self.grid.stage_of(rank))
+        return msgspec.structs.replace(self, layers=len(layers), kv_heads=len(heads), shards=1, stages=1)
 
     @property
     def fingerprint(self) -> str:
@@ -73,7 +79,7 @@ class KVLayout(msgspec.Struct, frozen=True):
 
     @property
     def _undivided(self) -> KVLayout:
-        return msgspec.structs.replace(self, shards=1)
+        return msgspec.structs.replace(self, shards=1, stages=1)
 
     def require_compatible(self, other: KVLayout, *, ours: str, theirs: str) -> None:
         """Raises `LayoutMismatch`, with both layouts and the fields that differ, unless pages can be exchanged."""

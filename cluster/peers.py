@@ -51,6 +51,8 @@ def require_compatible(ours: PeerHello, theirs: PeerHello) -> None:
     if theirs.to_epoch not in (0, ours.epoch):
         raise StaleFence(f"{ours.worker} is of epoch {ours.epoch}, the hello of {theirs.worker} for {theirs.to_epoch}")
     ours.layout.require_compatible(theirs.layout, ours=ours.worker, theirs=theirs.worker)
+    if theirs.layout.grid.ranks != len(theirs.ranks):
+        raise LayoutMismatch(f"{theirs.worker} has {len(theirs.ranks)} ranks, its layout {theirs.layout.grid.ranks}")
     if theirs.transfer != ours.transfer:
         raise LayoutMismatch(
             f"transfer engines differ: {ours.worker} uses {ours.transfer}, {theirs.worker} uses {theirs.transfer}"

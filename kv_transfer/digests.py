@@ -9,6 +9,7 @@ import xxhash
 
 from cluster.errors import ConfigError
 from kv_transfer.backends.base import PoolMemory
+from kv_transfer.shard_plan import Runs
 
 
 class PageDigests:
@@ -22,11 +23,23 @@ class PageDigests:
             )
         self._pool = pool
 
-    def of(self, pages: Sequence[int], offset: int = 0, size: int | None = None) -> list[int]:
-        """One unsigned 64-bit number per page, in order, of so many bytes from `offset` on; None: to the page's end.
-        Raises `ValueError` for a page outside the pool."""
-        part = ctypes.c_uint8 * (self._pool.page_bytes - offset if size is None else size)
-        return [xxhash.xxh3_64_intdigest(part.from_address(self._pool.page_address(page) + offset)) for page in pages]
+    def of(self, pages: Sequence[int], runs: Runs | None = None) -> list[int]:
+        """One unsigned 64-bit number per page, in order, of these bytes of it; None: of all. Raises `ValueError` for a
+        page outside the pool."""
+        runs = runs or Runs(0, self._pool.page_bytes)
+        return [_digest(runs.addresses([self._pool.page_address(page)]), runs.size) for page in pages]
+
+
+def _digest(addresses: Sequence[int], size: int) -> int:
+    """Of so many bytes at each of these addresses, together."""
+    run = ctypes.c_uint8 * size
+    first, *others = addresses
+    if not others:
+        return xxhash.xxh3_64_intdigest(run.from_address(first))
+    digest = xxhash.xxh3_64(run.from_address(first))
+    for address in others:
+        digest.update(run.from_address(address))
+    return digest.intdigest()
 
 
 def combined(digests: Sequence[int]) -> int:

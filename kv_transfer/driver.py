@@ -25,7 +25,7 @@ from cluster.logging import get_logger
 from cluster.messages import Fence
 from kv_transfer.backends.base import PoolDescriptor, TransferBackend, WriteHandle, WriteState
 from kv_transfer.plan import Batch
-from kv_transfer.shard_plan import PageSlice
+from kv_transfer.shard_plan import PageSlice, Runs
 
 log = get_logger(__name__)
 
@@ -72,8 +72,8 @@ class ComputeDigests(msgspec.Struct, frozen=True, tag=True):
 
     fence: Fence
     pages: tuple[int, ...]
-    parts: tuple[tuple[int, int], ...] | None = None
-    """(offset, size) of what has a digest of its own in each page; None: the page as a whole."""
+    parts: tuple[Runs, ...] | None = None
+    """What has a digest of its own in each page; None: the page as a whole."""
     rank: int = 0
     """Who computes, for the answer."""
 
@@ -125,8 +125,8 @@ class TransferPort(Protocol):
 
 
 class Digester(Protocol):
-    def of(self, pages: Sequence[int], offset: int = 0, size: int | None = None) -> list[int]:
-        """One digest per page, of so many bytes from `offset` on; None: to the page's end."""
+    def of(self, pages: Sequence[int], runs: Runs | None = None) -> list[int]:
+        """One digest per page, of these bytes of it; None: of all."""
 
 
 @dataclass
@@ -379,12 +379,12 @@ class TransferDriver:
     def _digests(self, pages: Sequence[int], part: PageSlice | None = None) -> tuple[int, ...]:
         if self._digester is None:
             return ()
-        return tuple(self._digester.of(pages) if part is None else self._digester.of(pages, part.ours, part.size))
+        return tuple(self._digester.of(pages, None if part is None else part.ours))
 
     def _digests_of_parts(self, command: ComputeDigests) -> tuple[int, ...]:
         if self._digester is None or command.parts is None:
             return self._digests(command.pages)
-        by_part = [self._digester.of(command.pages, offset, size) for offset, size in command.parts]
+        by_part = [self._digester.of(command.pages, runs) for runs in command.parts]
         return tuple(digest for page in zip(*by_part, strict=True) for digest in page)
 
     def _settle(self) -> list[Result]:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from cluster.layout import KVLayout
 from cluster.messages import Fence
+from cluster.shards import Grid
 from kv_transfer.digests import combined
 from kv_transfer.driver import (
     Command,
@@ -29,7 +30,10 @@ from kv_transfer.driver import (
     WritesEnded,
 )
 from kv_transfer.plan import Batch
-from kv_transfer.shard_plan import PageSlice, Part, parts_of
+from kv_transfer.shard_plan import PageSlice, Part, Runs, parts_of
+
+NOBODY = Part(0, 0, PageSlice(Runs(0, 0), Runs(0, 0)))
+"""What a peer that is not connected gets; its writes fail on rank 0."""
 
 
 class RankPort(Protocol):
@@ -70,9 +74,9 @@ class TransferGroup:
 
     # --- as a sender -------------------------------------------------------------------------------------------------
 
-    def connect(self, peer: str, descriptors: Sequence[bytes]) -> None:
-        """`descriptors`: of each of its ranks."""
-        parts = self._parts[peer] = parts_of(self._layout, len(self._ranks), len(descriptors))
+    def connect(self, peer: str, descriptors: Sequence[bytes], grid: Grid) -> None:
+        """`descriptors`: of each of its ranks, which are divided as in `grid`."""
+        parts = self._parts[peer] = parts_of(self._layout, self._layout.grid, grid)
         whole = len(self._ranks) == len(descriptors) == 1
         for part in parts:
             slice_ = None if whole else part.slice
@@ -84,7 +88,7 @@ class TransferGroup:
 
     def write(self, fence: Fence, peer: str, batch: Batch) -> None:
         """Answered by one `WritesEnded`; at once, and with an error, if the peer is not connected."""
-        parts = self._parts.get(peer) or [Part(0, 0, PageSlice(0, 0, 0))]
+        parts = self._parts.get(peer) or [NOBODY]
         self._writes[fence, batch.first] = _Writes([_name(peer, part) for part in parts])
         for part in parts:
             self._ranks[part.source].post(PostWrites(fence, _name(peer, part), batch))
@@ -95,12 +99,12 @@ class TransferGroup:
         for rank in self._ranks:
             rank.post(ExpectWrites(fence))
 
-    def verify(self, fence: Fence, pages: tuple[int, ...], writers: int) -> None:
-        """The digests of pages that a worker of so many ranks has written. Answered by one `DigestsComputed`."""
-        parts = parts_of(self._layout, writers, len(self._ranks))
+    def verify(self, fence: Fence, pages: tuple[int, ...], writers: Grid) -> None:
+        """The digests of pages that a worker of such ranks has written. Answered by one `DigestsComputed`."""
+        parts = parts_of(self._layout, writers, self._layout.grid)
         self._digests[fence] = _Digests(parts)
         for number, rank in enumerate(self._ranks):
-            own = tuple((part.slice.theirs, part.slice.size) for part in parts if part.target == number)
+            own = tuple(part.slice.theirs for part in parts if part.target == number)
             rank.post(ComputeDigests(fence, pages, own, number))
 
     def settle(self, fence: Fence) -> None:

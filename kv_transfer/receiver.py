@@ -25,6 +25,7 @@ from cluster.messages import (
     ProcessIdentity,
     Role,
 )
+from cluster.shards import Grid
 from kv_transfer import receiver_state as state
 from kv_transfer.driver import DigestsComputed, Result, Settled, TransferPort
 from kv_transfer.group import RankPort, TransferGroup
@@ -86,8 +87,8 @@ ReceiverEvent = Union[OfferArrived, KVArrived, HandoffFailed, LeaseEnded]
 class _Lease:
     machine: ReceiverLease
     prefill: str
-    writers: int
-    """Ranks of the prefill worker."""
+    writers: Grid
+    """The prefill worker's ranks."""
 
     @property
     def writer(self) -> tuple[str, int]:
@@ -270,7 +271,7 @@ class HandoffReceiver:
             machine = ReceiverLease(
                 message.fence, message.tokens, self._layout.page_size, self._with_digests, expires_at
             )
-            self._leases[message.fence] = _Lease(machine, worker, len(self._peers.hello(worker).ranks))
+            self._leases[message.fence] = _Lease(machine, worker, self._peers.hello(worker).layout.grid)
             self._events.append(OfferArrived(message.fence, message.tokens))
         else:
             self._peers.refuse(message)

@@ -111,7 +111,7 @@ class HandoffSender:
         if before is not None and before.epoch != hello.epoch:
             self._transfers.disconnect(instance(before.worker, before.epoch))
         descriptors = [rank.descriptor for rank in hello.ranks]
-        self._transfers.connect(instance(hello.worker, hello.epoch), descriptors)
+        self._transfers.connect(instance(hello.worker, hello.epoch), descriptors, hello.layout.grid)
         for handoff in self._to(hello.worker):
             self._tell(handoff, self._news(handoff, hello.epoch))
 

@@ -74,7 +74,7 @@ class PoolDescriptor(msgspec.Struct, frozen=True):
         """Raises `ProtocolError` unless it is a pool of the same kind of backend, and of the same pages, or of pages
         that `part` fits into."""
         found = cls.read(descriptor)
-        fits = found.page_bytes == page_bytes if part is None else part.theirs + part.size <= found.page_bytes
+        fits = found.page_bytes == page_bytes if part is None else part.theirs.end <= found.page_bytes
         if found.backend != backend or not fits:
             raise ProtocolError(
                 f"the peer's pool is of {found.backend} with pages of {found.page_bytes} bytes; "
@@ -82,13 +82,13 @@ class PoolDescriptor(msgspec.Struct, frozen=True):
             )
         return found
 
-    def page_addresses(self, pages: Sequence[int], offset: int = 0) -> list[int]:
-        """Addresses of byte `offset` of these pages, in the peer's process. Raises `ProtocolError` for a page that its
-        pool does not have."""
+    def page_addresses(self, pages: Sequence[int]) -> list[int]:
+        """Addresses of these pages in the peer's process. Raises `ProtocolError` for a page that its pool does not
+        have."""
         for page in pages:
             if not 0 <= page < self.pages:
                 raise ProtocolError(f"page {page} is not in the peer's pool of {self.pages} pages")
-        return [self.address + page * self.page_bytes + offset for page in pages]
+        return [self.address + page * self.page_bytes for page in pages]
 
 
 class WriteState(Enum):

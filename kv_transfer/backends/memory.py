@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from cluster.errors import PeerUnreachable, TransferStuck
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
-from kv_transfer.shard_plan import PageSlice
+from kv_transfer.shard_plan import PageSlice, Runs
 
 
 @dataclass
@@ -113,7 +113,8 @@ class MemoryBackend:
         found = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self.pool.page_bytes, part=part)
         if found.endpoint.decode() not in self.fabric.alive:
             raise PeerUnreachable(f"{peer} has left the fabric")
-        self._peers[peer] = found, part or PageSlice(0, 0, self.pool.page_bytes)
+        whole = Runs(0, self.pool.page_bytes)
+        self._peers[peer] = found, part or PageSlice(whole, whole)
 
     def disconnect(self, peer: str) -> None:
         self._peers.pop(peer, None)
@@ -121,10 +122,10 @@ class MemoryBackend:
     def write(self, peer: str, sources: Sequence[int], targets: Sequence[int]) -> MemoryWrite:
         if peer not in self._peers:
             raise PeerUnreachable(f"{peer} is not connected")
-        remote, part = self._peers[peer]
-        addresses = [self.pool.page_address(page) + part.ours for page in sources]
-        moves = list(zip(addresses, remote.page_addresses(targets, part.theirs), strict=True))
-        write = MemoryWrite(self._agent, remote.endpoint.decode(), moves, part.size)
+        remote, (ours, theirs) = self._peers[peer]
+        begins = ours.addresses(self.pool.page_address(page) for page in sources)
+        moves = list(zip(begins, theirs.addresses(remote.page_addresses(targets)), strict=True))
+        write = MemoryWrite(self._agent, remote.endpoint.decode(), moves, ours.size)
         self.fabric.submit(write)
         return write
 

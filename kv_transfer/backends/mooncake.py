@@ -27,7 +27,7 @@ from cluster.errors import ConfigError, PeerUnreachable, ProtocolError, Transfer
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
 from kv_transfer.backends.environment import apply_defaults
 from kv_transfer.backends.sockets import addresses, drop_unsent_on_close, hang_up
-from kv_transfer.shard_plan import PageSlice
+from kv_transfer.shard_plan import PageSlice, Runs
 
 ENTRIES_PER_BATCH = 1024
 """Mooncake refuses batches of more than about 2,000 entries."""
@@ -155,7 +155,8 @@ class MooncakeBackend:
         remote = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self._pool.page_bytes, part=part)
         _split(remote.endpoint)
         self.disconnect(peer)
-        part = part or PageSlice(0, 0, self._pool.page_bytes)
+        whole = Runs(0, self._pool.page_bytes)
+        part = part or PageSlice(whole, whole)
         self._channels[peer] = _Channel(self._host, self._pool, self._devices, remote, peer, part)
 
     def disconnect(self, peer: str) -> None:
@@ -167,9 +168,9 @@ class MooncakeBackend:
         channel = self._channels.get(peer)
         if channel is None or channel.broken:
             raise PeerUnreachable(f"{peer} is not connected")
-        part = channel.part
-        ours = [self._pool.page_address(page) + part.ours for page in sources]
-        write = MooncakeWrite(ours, channel.remote.page_addresses(targets, part.theirs), part.size)
+        ours, theirs = channel.part
+        begins = ours.addresses(self._pool.page_address(page) for page in sources)
+        write = MooncakeWrite(begins, theirs.addresses(channel.remote.page_addresses(targets)), ours.size)
         channel.post(write)
         return write
 

@@ -30,7 +30,7 @@ from cluster.errors import ConfigError, PeerUnreachable, ProtocolError, Transfer
 from kv_transfer.backends.base import PoolDescriptor, PoolMemory, WriteState
 from kv_transfer.backends.environment import apply_defaults
 from kv_transfer.backends.sockets import drop_unsent_on_close
-from kv_transfer.shard_plan import PageSlice
+from kv_transfer.shard_plan import PageSlice, Runs
 
 _STATES = {"DONE": WriteState.DONE, "PROC": WriteState.PENDING, "ERR": WriteState.FAILED}
 _WRITES_THAT_CONNECT = 2
@@ -83,6 +83,8 @@ class _Peer:
     pages: Any
     """The same of its own."""
     pool: PoolDescriptor
+    runs: int
+    """Descriptors of each page."""
     writes: int = 0
 
 
@@ -115,17 +117,18 @@ class NixlBackend:
 
     def connect(self, peer: str, descriptor: bytes, part: PageSlice | None = None) -> None:
         pool = PoolDescriptor.decode(descriptor, backend=self.name, page_bytes=self._pool.page_bytes, part=part)
-        part = part or PageSlice(0, 0, self._pool.page_bytes)
+        whole = Runs(0, self._pool.page_bytes)
+        ours, theirs = part or PageSlice(whole, whole)
         self.disconnect(peer)
         try:
             added = self._agent.add_remote_agent(pool.endpoint)
             name = added.decode() if isinstance(added, bytes) else added
-            pages = self._prepare(name, pool, part.theirs, part.size)
+            pages = self._prepare(name, pool, theirs)
         except self._descriptor_faults as error:
             raise ProtocolError(f"the NIXL metadata of {peer} is unreadable: {error}") from error
         except self._peer_faults as error:
             raise PeerUnreachable(f"can't reach the memory of {peer}: {error}") from error
-        self._peers[peer] = _Peer(name, self._own_pages(part.ours, part.size), pages, pool)
+        self._peers[peer] = _Peer(name, self._own_pages(ours), pages, pool, ours.times)
 
     def disconnect(self, peer: str) -> None:
         known = self._peers.pop(peer, None)
@@ -143,7 +146,9 @@ class NixlBackend:
             self._pool.page_address(page)
         known.pool.page_addresses(targets)
         try:
-            request = self._agent.make_prepped_xfer("WRITE", known.ours, list(sources), known.pages, list(targets))
+            request = self._agent.make_prepped_xfer(
+                "WRITE", known.ours, _rows(sources, known.runs), known.pages, _rows(targets, known.runs)
+            )
         except self._peer_faults as error:
             raise PeerUnreachable(f"can't write to {peer}: {error}") from error
         write = NixlWrite(self._agent, request, self._peer_faults)
@@ -180,8 +185,8 @@ class NixlBackend:
         self._registration = self._agent.register_memory(
             [(pool.address, pool.total_bytes, self._device, "")], self._memory
         )
-        self._prepared: dict[tuple[int, int], Any] = {}
-        self._own_pages(0, pool.page_bytes)
+        self._prepared: dict[Runs, Any] = {}
+        self._own_pages(Runs(0, pool.page_bytes))
         self.descriptor = PoolDescriptor(
             self.name, self._agent.get_agent_metadata(), pool.address, pool.pages, pool.page_bytes, pool.device
         ).encode()
@@ -200,21 +205,27 @@ class NixlBackend:
         if native() is not None:
             raise TransferStuck("NIXL's agent can't be ended: something still refers to it")
 
-    def _own_pages(self, offset: int, size: int) -> Any:
-        """Descriptors of this part of all our pages; prepared once, for they are many."""
-        if (offset, size) not in self._prepared:
-            self._prepared[offset, size] = self._prepare("NIXL_INIT_AGENT", self._pool, offset, size)
-        return self._prepared[offset, size]
+    def _own_pages(self, runs: Runs) -> Any:
+        """Descriptors of these bytes of all our pages; prepared once, for they are many."""
+        if runs not in self._prepared:
+            self._prepared[runs] = self._prepare("NIXL_INIT_AGENT", self._pool, runs)
+        return self._prepared[runs]
 
-    def _prepare(self, agent: str, pool: PoolMemory | PoolDescriptor, offset: int, size: int) -> Any:
-        """Descriptors of so many bytes from `offset` on of all pages of a pool: rows of (address, bytes, device)."""
+    def _prepare(self, agent: str, pool: PoolMemory | PoolDescriptor, runs: Runs) -> Any:
+        """Descriptors of these bytes of all pages of a pool: rows of (address, bytes, device), page by page."""
         memory, device = _memory_kind(pool.device)
-        rows = np.empty((pool.pages, 3), dtype=np.uint64)
-        begin = np.arange(pool.pages, dtype=np.uint64) * np.uint64(pool.page_bytes)
-        rows[:, 0] = begin + np.uint64(pool.address + offset)
-        rows[:, 1] = size
+        begins = np.arange(pool.pages, dtype=np.uint64) * np.uint64(pool.page_bytes) + np.uint64(pool.address)
+        within = np.array(runs.addresses([0]), dtype=np.uint64)
+        rows = np.empty((pool.pages * runs.times, 3), dtype=np.uint64)
+        rows[:, 0] = np.add.outer(begins, within).ravel()
+        rows[:, 1] = runs.size
         rows[:, 2] = device
         return self._agent.prep_xfer_dlist(agent, rows, memory)
+
+
+def _rows(pages: Sequence[int], runs: int) -> list[int]:
+    """Numbers of the descriptors that `NixlBackend._prepare` makes of these pages, `runs` of each."""
+    return [page * runs + run for page in pages for run in range(runs)]
 
 
 def _import_api() -> ModuleType:

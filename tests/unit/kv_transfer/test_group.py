@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from itertools import product
 
 import msgspec
 import pytest
@@ -13,7 +12,7 @@ from cluster.clock import ManualClock
 from cluster.errors import ErrorInfo
 from cluster.layout import KVLayout
 from cluster.messages import Abort, Aborted, Ack, DeathAsked, EngineRank, PeerHello, ProcessIdentity, Role
-from cluster.shards import key_value_heads
+from cluster.shards import Grid, key_value_heads, layers_of
 from kv_transfer.backends.memory import MemoryBackend, MemoryFabric
 from kv_transfer.digests import PageDigests
 from kv_transfer.driver import TransferDriver
@@ -22,6 +21,7 @@ from kv_transfer.sender import HandoffSender
 from tests.unit.kv_transfer.world import DECODE_EPOCH, PREFILL_EPOCH, InlinePort, Pool, fence
 
 LAYOUT = KVLayout(model="test", dtype="float16", page_size=4, layers=2, kv_heads=3, head_dim=2)
+GRIDS = [*map(Grid, range(1, 6)), Grid(1, 2), Grid(2, 2), Grid(3, 2), Grid(4, 2)]
 PAGES = 12
 SOURCES, TARGETS = (1, 2, 3), (7, 5, 9)
 TOKENS = 10
@@ -45,8 +45,9 @@ class FollowerPort:
 class Worker:
     """One side's ranks."""
 
-    def __init__(self, role: Role, epoch: int, ranks: int, fabric: MemoryFabric, clock: ManualClock) -> None:
-        self.layout = msgspec.structs.replace(LAYOUT, shards=ranks)
+    def __init__(self, role: Role, epoch: int, grid: Grid, fabric: MemoryFabric, clock: ManualClock) -> None:
+        self.layout = msgspec.structs.replace(LAYOUT, shards=grid.shards, stages=grid.stages)
+        ranks = grid.ranks
         self.pools = [Pool(PAGES, self.layout.of_rank(rank).page_bytes) for rank in range(ranks)]
         backends = [MemoryBackend(fabric, f"{role.value}-{rank}", pool.memory) for rank, pool in enumerate(self.pools)]
         drivers = [
@@ -61,13 +62,17 @@ class Worker:
             role.value, role, epoch, self.layout, "memory", known[0].descriptor, known[0].process, followers=known[1:]
         )
 
-    def heads(self, rank: int) -> range:
-        return key_value_heads(LAYOUT.kv_heads, self.layout.shards, rank)
+    def kv(self, page: int, rank: int) -> bytes:
+        """What a rank has in a page, or should have: its heads, its layers of each."""
+        grid = self.layout.grid
+        heads = key_value_heads(LAYOUT.kv_heads, grid.shards, grid.shard_of(rank))
+        layers = layers_of(LAYOUT.layers, grid.stages, grid.stage_of(rank))
+        return b"".join(kv(page, head, layer) for head in heads for layer in layers)
 
     def fill(self, page: int) -> None:
-        """KV of all heads, each in each rank that has it."""
+        """KV of all heads and layers, each in each rank that has it."""
         for rank, pool in enumerate(self.pools):
-            content = b"".join(kv(page, head) for head in self.heads(rank))
+            content = self.kv(page, rank)
             ctypes.memmove(pool.memory.page_address(page), content, len(content))
 
     def run(self) -> None:
@@ -75,13 +80,13 @@ class Worker:
             port.run()
 
 
-def kv(page: int, head: int) -> bytes:
-    """What a head has in a page of the prefill worker."""
-    return bytes((16 * page + 5 * head + at) % 251 for at in range(LAYOUT.head_bytes))
+def kv(page: int, head: int, layer: int) -> bytes:
+    """What a layer of a head has in a page of the prefill worker."""
+    return bytes((16 * page + 5 * head + 97 * layer + at) % 251 for at in range(LAYOUT.head_bytes // LAYOUT.layers))
 
 
 class World:
-    def __init__(self, sources: int, targets: int) -> None:
+    def __init__(self, sources: Grid, targets: Grid) -> None:
         self.clock = ManualClock(1000.0)
         self.fabric = MemoryFabric()
         self.prefill = Worker(Role.PREFILL, PREFILL_EPOCH, sources, self.fabric, self.clock)
@@ -151,14 +156,15 @@ class World:
 
     def arrived(self) -> bool:
         return all(
-            pool.read(target) == b"".join(kv(source, head) for head in self.decode.heads(rank))
+            pool.read(target) == self.decode.kv(source, rank)
             for rank, pool in enumerate(self.decode.pools)
             for source, target in zip(SOURCES, TARGETS, strict=True)
         )
 
 
-@pytest.mark.parametrize(("sources", "targets"), list(product(range(1, 6), range(1, 6))))
-def test_each_rank_has_its_heads_when_the_kv_has_arrived(sources, targets):
+@pytest.mark.parametrize("targets", GRIDS)
+@pytest.mark.parametrize("sources", GRIDS)
+def test_each_rank_has_its_heads_and_layers_when_the_kv_has_arrived(sources, targets):
     world = World(sources, targets)
     world.offer_and_compute()
     world.work()
@@ -169,7 +175,10 @@ def test_each_rank_has_its_heads_when_the_kv_has_arrived(sources, targets):
     assert ended.error is None and ended.timings.bytes == len(SOURCES) * LAYOUT.page_bytes
 
 
-@pytest.mark.parametrize(("sources", "targets"), [(2, 3), (3, 2), (2, 1), (1, 3)])
+@pytest.mark.parametrize(
+    ("sources", "targets"),
+    [(Grid(2), Grid(3)), (Grid(3), Grid(2)), (Grid(2), Grid()), (Grid(1, 2), Grid(3)), (Grid(2, 2), Grid(3, 1))],
+)
 def test_damage_of_any_rank_is_noticed(sources, targets):
     parts = World(sources, targets)
     parts.offer_and_compute()
@@ -185,7 +194,7 @@ def test_damage_of_any_rank_is_noticed(sources, targets):
 
 def test_a_rank_that_still_writes_keeps_the_pages_until_its_last_byte():
     """The others' writes have failed, or are over: ABORTED waits for the last one."""
-    world = World(2, 3)
+    world = World(Grid(1, 2), Grid(3))
     world.fabric.hold = True
     world.offer_and_compute()
     world.work()
@@ -206,7 +215,7 @@ def test_a_rank_that_still_writes_keeps_the_pages_until_its_last_byte():
 
 
 def test_pages_come_back_when_all_ranks_of_the_writer_are_dead_and_not_before():
-    world = World(2, 1)
+    world = World(Grid(2), Grid())
     world.fabric.hold = True
     world.offer_and_compute()
     world.prefill.run()

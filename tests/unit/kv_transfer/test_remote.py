@@ -16,7 +16,7 @@ from kv_transfer.digests import PageDigests
 from kv_transfer.driver import ComputeDigests, Connect, PostWrites, WritesEnded
 from kv_transfer.plan import Batch
 from kv_transfer.remote import FollowerTransfers, RemoteTransfers
-from kv_transfer.shard_plan import PageSlice
+from kv_transfer.shard_plan import PageSlice, Runs
 from kv_transfer.thread import TransferThread
 from tests.unit.kv_transfer.world import Pool, fence
 
@@ -56,14 +56,14 @@ def follower():
 
 def test_a_follower_writes_its_part_and_tells_its_digests(follower):
     follower.pool.fill(1, 0x11)
-    part = PageSlice(2, 4, 6)
+    part = PageSlice(Runs(2, 1, 3, 2), Runs(4, 1, 3, 3))
     follower.remote.post(Connect("peer", follower.peer.descriptor, part))
     follower.remote.post(PostWrites(fence(), "peer", Batch(0, (1,), (3,))))
     ended = follower.results.get(timeout=WAIT)
     assert isinstance(ended, WritesEnded) and ended.error is None and ended.batch == Batch(0, (1,), (3,))
     size = follower.theirs.memory.page_bytes
-    assert follower.theirs.read(3) == bytes(4) + b"\x11" * 6 + bytes(size - 10)
-    follower.remote.post(ComputeDigests(fence(), (1,), ((2, 6),), rank=2))
+    assert follower.theirs.read(3) == bytes(4) + b"\x11\0\0" * 3 + bytes(size - 13)
+    follower.remote.post(ComputeDigests(fence(), (1,), (part.ours,), rank=2))
     computed = follower.results.get(timeout=WAIT)
     assert (computed.rank, computed.digests) == (2, ended.digests)
     follower.transfers.close()
