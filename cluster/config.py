@@ -20,6 +20,7 @@ Delay = Annotated[float, Meta(ge=0)]
 """In seconds; 0: none."""
 Amount = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Fraction = Annotated[float, Meta(gt=0, le=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Cores = list[list[NonNegative]]
 """For each replica, the cores it is pinned to; also its number of compute threads. When a pool has been scaled beyond
@@ -28,6 +29,9 @@ Gpus = list[list[NonNegative]]
 """For each replica, the GPUs of its ranks, by their numbers among those that `baton up` sees: the machine's, or those
 of its CUDA_VISIBLE_DEVICES. When a pool has been scaled beyond them, its workers share them in turn. With `launch:
 local` only; by default each worker gets those that the fewest others have."""
+
+DEFAULT_POOL_TOKENS = 65536
+DEFAULT_MEMORY_FRACTION = 0.9
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -161,8 +165,13 @@ class Model(Section, frozen=True):
 
 class KV(Section, frozen=True):
     page_size: Positive = 16
-    pool_tokens: Positive = 65536
-    """Capacity of one worker's pool."""
+    pool_tokens: Positive | None = None
+    """Capacity of one worker's pool. By default 65,536 on a CPU; on a GPU, what `memory_fraction` leaves."""
+    memory_fraction: Fraction | None = None
+    """How much of its device's memory a rank takes, weights and work space included; the pool is what is left, and as
+    large on all ranks of a worker. Of a GPU it is a fraction of all its memory: 0.45 for each of two workers on one. On
+    a CPU, of what the machine or its cgroup has available at the start. Where it is set, it decides, and not
+    `pool_tokens`. By default 0.9 on a GPU, unless `pool_tokens` is set."""
     dtype: KVDtype = KVDtype.AUTO
     """The same in both pools: pages are handed over as they are."""
     transfer: TransferName = TransferName.NIXL
@@ -494,4 +503,5 @@ class Topology(Section, frozen=True):
 
     @property
     def pool_pages(self) -> int:
-        return -(-self.kv.pool_tokens // self.kv.page_size)
+        """Of one worker, unless a fraction of memory decides (`kv.memory_fraction`)."""
+        return -(-(self.kv.pool_tokens or DEFAULT_POOL_TOKENS) // self.kv.page_size)

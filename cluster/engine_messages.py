@@ -14,6 +14,7 @@ import msgspec
 
 from cluster.errors import ErrorInfo, UnknownMessage
 from cluster.layout import SCHEMA_VERSION, KVLayout
+from cluster.memory_plan import MemoryUse
 from cluster.messages import (
     AttemptFailed,
     AttemptFinished,
@@ -43,6 +44,8 @@ class EngineReady(Message, frozen=True):
     descriptor: bytes
     process: ProcessIdentity
     speed: Speed
+    memory: MemoryUse | None = None
+    """Of rank 0, where it says so."""
     followers: list[EngineRank] = []
     """The other ranks', filled in by the control process."""
 

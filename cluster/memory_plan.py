@@ -30,6 +30,10 @@ class MemoryRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The pool's size; by default `concurrency` times `context`."""
     gpu_bytes: int | None = None
     """Memory of one GPU; None: the worker is on a CPU."""
+    memory_fraction: float = 1.0
+    """Of a GPU's, that the worker may take."""
+    fills: bool = False
+    """The pool is what that leaves, and not of `pool_tokens`."""
 
 
 class RankMemory(msgspec.Struct, frozen=True):
@@ -50,8 +54,28 @@ class RankMemory(msgspec.Struct, frozen=True):
         return sum(self.weights.values()) + self.pool + self.activations + self.runtime
 
 
+class MemoryUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank's memory went to, as seen when it was ready; by the names of `RankMemory`."""
+
+    device: str
+    """`cpu`, or `cuda:N`."""
+    total: int
+    """Of a GPU, all; on a CPU, what was available when the process started."""
+    weights: int
+    pool: int
+    activations: int
+    """The largest step's, when all steps had been tried."""
+    graphs: int
+    """Captured CUDA graphs' own."""
+    runtime: int
+    """All else of this process."""
+    free: int
+    """Nobody's, neither ours nor another process's."""
+
+
 class Capacity(msgspec.Struct, frozen=True):
-    """What a GPU's memory leaves for KV; of a group, what its fullest rank leaves."""
+    """What a GPU's memory, or the fraction of it that is the worker's, leaves for KV; of a group, what its fullest rank
+    leaves."""
 
     free: int
     """After the weights, activations and runtime; below 0, so much is missing."""
@@ -79,6 +103,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     token: int
     """KV of one token, over all ranks (heads that several have count for each)."""
     gpu_bytes: int | None
+    memory_fraction: float = 1.0
     ranks: list[RankMemory]
     capacity: Capacity | None
     """None without `gpu_bytes`."""

@@ -63,7 +63,7 @@ class _Checks:
 
     def pool(self, topology: Topology) -> None:
         kv = topology.kv
-        if kv.pool_tokens < kv.page_size:
+        if kv.pool_tokens is not None and kv.pool_tokens < kv.page_size:
             raise self._error("kv.pool_tokens", f"{kv.pool_tokens} tokens don't fill one page of {kv.page_size}")
         if kv.rdma_devices and kv.network is not Network.RDMA:
             raise self._error("kv.rdma_devices", f"only with kv.network=rdma, and that is {kv.network.value}")

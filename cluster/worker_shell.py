@@ -40,6 +40,7 @@ from cluster.health_state import (
 )
 from cluster.http_server import HttpServer
 from cluster.logging import get_logger
+from cluster.memory_plan import MemoryUse
 from cluster.messages import Load, Member, Message, PeerHello, Role
 from cluster.metrics import CONTENT_TYPE, WorkerMetrics, render
 from cluster.peers import PeerTable
@@ -118,6 +119,8 @@ class WorkerShell:
         self._belonging: asyncio.Future[None] | None = None
         """Its `run`, which outlives all else of a life: it has yet to say goodbye."""
         self._member: Member | None = None
+        self._memory: MemoryUse | None = None
+        """As it was when the engine process was ready."""
         self._ending: asyncio.Future[None] | None = None
         """The end of the last life, once it has begun."""
         self._first_start: float | None = None
@@ -252,6 +255,7 @@ class WorkerShell:
             max_running=section.max_running,
             speed=ready.speed,
         )
+        self._memory = ready.memory
         self._reported = Load(pages_total=ready.pool_pages)
         hello = PeerHello(
             worker=self.name,
@@ -266,7 +270,10 @@ class WorkerShell:
         self._routers.open(member)
         self.peers.open(hello)
         self._handle(EngineUp())
-        log.info("engine ready", epoch=ready.epoch, pages=ready.pool_pages, layout=ready.layout.fingerprint)
+        memory = {} if ready.memory is None else msgspec.structs.asdict(ready.memory)
+        log.info(
+            "engine ready", epoch=ready.epoch, pages=ready.pool_pages, layout=ready.layout.fingerprint, memory=memory
+        )
         return member
 
     async def _end(self, engine: EngineHost) -> None:
@@ -398,6 +405,7 @@ class WorkerShell:
                 "disaggregation_mode": "null" if self.topology.unified else self.role.value,
                 "max_running_requests": section.max_running,
                 "member": self._member,
+                "memory": self._memory,
                 "load": self.load(),
             }
         )

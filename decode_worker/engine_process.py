@@ -12,6 +12,7 @@ from cluster.process_identity import current
 from cluster.step_loop import StepHandler
 from decode_worker.decode_loop import DecodeLoop
 from decode_worker.quarantine_state import QuarantineWatch
+from engine.device_memory import full_is_refused
 from engine.engine import Engine, EngineConfig
 from engine.followers import Follower
 from engine.loaded_model import load_model
@@ -25,8 +26,9 @@ from kv_transfer.remote import RemoteTransfers
 def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     """Loads the model, registers its pool, warms up. Raises `ConfigError` for what can't work."""
     topology, epoch = context.topology, context.epoch
-    engine = Engine(_config(context), context.board.advance, context.rank)
-    speed = engine.warm_up()
+    with full_is_refused():
+        engine = Engine(_config(context), context.board.advance, context.rank)
+        speed = engine.warm_up()
     pool = PoolMemory(
         engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes, engine.pool_device
     )
@@ -41,7 +43,16 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
         lifetime=topology.router.request_timeout_seconds,
         followers=[RemoteTransfers(follower, thread.deliver) for follower in context.rank.transfers],
     )
-    ready = EngineReady(epoch, engine.layout, engine.model, engine.ledger.total, thread.descriptor, current(), speed)
+    ready = EngineReady(
+        epoch,
+        engine.layout,
+        engine.model,
+        engine.ledger.total,
+        thread.descriptor,
+        current(),
+        speed,
+        engine.memory.use(),
+    )
     quarantine = QuarantineWatch(
         engine.ledger.total,
         topology.kv.max_quarantine_share,
@@ -63,7 +74,8 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
 
 def follow(context: EngineContext) -> tuple[Callable[[], None], EngineRank]:
     """Of a rank other than 0: its part of the model, of the pool and of the transfers."""
-    model = load_model(_config(context), context.rank)
+    with full_is_refused():
+        model = load_model(_config(context), context.rank)
     pool = PoolMemory(model.cache.address, model.cache.pages, model.cache.page_bytes, model.cache.device)
     return follow_transfers(context, pool, Follower(model.decoder, context.rank.steps[0]).run)
 

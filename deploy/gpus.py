@@ -10,7 +10,9 @@ import ctypes
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from cluster.config import Decode, Device, Prefill, Topology
+import msgspec
+
+from cluster.config import DEFAULT_MEMORY_FRACTION, Decode, Device, Prefill, Topology
 from cluster.errors import ConfigError
 from deploy.launchers.base import ProcessKind
 from deploy.launchers.processes import ProcessSpec
@@ -122,3 +124,22 @@ def deal_gpus(topology: Topology, gpus: Sequence[str]) -> GpuDealer | None:
     if not gpus:
         raise ConfigError("model.device: cuda, and this machine shows no NVIDIA GPU")
     return GpuDealer(topology, gpus)
+
+
+def share_memory(topology: Topology, dealer: GpuDealer) -> Topology:
+    """Where workers share a GPU, they share its memory, unless the topology says what each of them takes."""
+    kv = topology.kv
+    if dealer.most_shared < 2 or kv.memory_fraction is not None or kv.pool_tokens is not None:
+        return topology
+    share = round(DEFAULT_MEMORY_FRACTION / dealer.most_shared, 3)
+    return msgspec.structs.replace(topology, kv=msgspec.structs.replace(kv, memory_fraction=share))
+
+
+def memory_note(topology: Topology) -> str:
+    """What each of them takes, in a line."""
+    kv = topology.kv
+    if kv.memory_fraction is None and kv.pool_tokens is not None:
+        return f"each rank takes of its GPU what its part of the model and a pool of {kv.pool_tokens:,} tokens need"
+    return (
+        f"each rank takes {kv.memory_fraction or DEFAULT_MEMORY_FRACTION:.1%} of its GPU's memory (kv.memory_fraction)"
+    )

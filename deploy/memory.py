@@ -15,7 +15,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import Decode, Dtype, KVDtype, Prefill, Topology
+from cluster.config import DEFAULT_MEMORY_FRACTION, Decode, Dtype, KVDtype, Prefill, Topology
 from cluster.errors import ConfigError, LaunchError
 from cluster.memory_plan import Capacity, MemoryPlan, MemoryRequest
 from cluster.model_files import resolve_model
@@ -52,19 +52,22 @@ def requests(model: str | None, topology: Topology | None, wanted: Wanted) -> li
     if topology is not None:
         if model is not None:
             topology = msgspec.structs.replace(topology, model=msgspec.structs.replace(topology.model, path=model))
-        planned = _of_topology(topology)
+        planned = _of_topology(topology, on_gpu=wanted.gpu_bytes is not None)
     elif model is not None:
         planned = [MemoryRequest(pool="worker", model_path=str(resolve_model(model)))]
     else:
         raise ConfigError("name a model, or a topology: baton plan-memory MODEL, or --topology FILE")
     given = {key: value for key, value in wanted._asdict().items() if value is not None}
     if wanted.context or wanted.concurrency:
-        given["pool_tokens"] = None
+        given |= {"pool_tokens": None, "fills": False}
     return [msgspec.structs.replace(request, **given) for request in planned]
 
 
-def _of_topology(topology: Topology) -> list[MemoryRequest]:
-    """A worker of each pool."""
+def _of_topology(topology: Topology, *, on_gpu: bool) -> list[MemoryRequest]:
+    """A worker of each pool. On a CPU, what a fraction of its memory is, only the machine knows."""
+    kv = topology.kv
+    fills = on_gpu and (kv.memory_fraction is not None or kv.pool_tokens is None)
+    fraction = (kv.memory_fraction or DEFAULT_MEMORY_FRACTION) if fills else 1.0
     pools: list[Prefill | Decode] = [topology.decode] if topology.unified else [topology.prefill, topology.decode]
     return [
         MemoryRequest(
@@ -79,7 +82,9 @@ def _of_topology(topology: Topology) -> list[MemoryRequest]:
             chunk_tokens=pool.chunk_tokens,
             max_running=pool.max_running,
             context=topology.model.context_length,
-            pool_tokens=topology.kv.pool_tokens,
+            pool_tokens=topology.pool_pages * kv.page_size,
+            memory_fraction=fraction,
+            fills=fills,
         )
         for pool in pools
     ]
@@ -129,12 +134,14 @@ def _table(plan: MemoryPlan) -> Table:
 
 def _verdict(plan: MemoryPlan, capacity: Capacity, gpu_bytes: int) -> str:
     """Whether it fits, and what would."""
+    budget = int(gpu_bytes * plan.memory_fraction)
+    place = _size(budget) if budget == gpu_bytes else f"{_size(budget)} ({plan.memory_fraction:g} of the GPU's memory)"
     if capacity.free < 0:
-        return f"does not fit: without any KV it takes {_size(-capacity.free)} more than {_size(gpu_bytes)}"
+        return f"does not fit: without any KV it takes {_size(-capacity.free)} more than {place}"
     fullest = max(rank.total for rank in plan.ranks)
-    word = "fits" if fullest <= gpu_bytes else "does not fit"
+    word = "fits" if fullest <= budget else "does not fit"
     return (
-        f"{word} in {_size(gpu_bytes)}: room for {capacity.tokens:,} tokens of KV, "
+        f"{word} in {place}: room for {capacity.tokens:,} tokens of KV, "
         f"{capacity.requests:,} requests of {plan.context:,} tokens"
     )
 

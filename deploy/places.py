@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from cluster.config import LauncherName, Topology
 from cluster.errors import ConfigError
-from deploy.gpus import GpuDealer, deal_gpus, visible_gpus
+from deploy.gpus import GpuDealer, deal_gpus, memory_note, share_memory, visible_gpus
 from deploy.launchers.local import LocalProcesses
 from deploy.launchers.processes import ProcessRunner
 
@@ -43,7 +43,11 @@ def open_place(topology: Topology) -> Iterator[Place]:
             yield Place(resolved, make_runner)
     else:
         gpus = deal_gpus(topology, visible_gpus(os.environ))
-        yield Place(topology, partial(_local_processes, gpus), [] if gpus is None else gpus.story())
+        notes = []
+        if gpus is not None:
+            topology = share_memory(topology, gpus)
+            notes = [*gpus.story(), memory_note(topology)]
+        yield Place(topology, partial(_local_processes, gpus), notes)
 
 
 def _local_processes(gpus: GpuDealer | None, directory: Path, topology_file: Path) -> LocalProcesses:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cluster.config import Kernels
 from engine.attention.base import Span
+from engine.kv_cache import KVCache
 
 Integers = npt.NDArray[np.int64]
 
@@ -45,6 +46,9 @@ class Decoder(Protocol):
         The logits' memory is used again by the next step. `between_layers` is called after each layer: a long prompt's
         step takes a good part of a second. It may call this for another step, whose logits are used before it returns.
         """
+
+    def use(self, cache: KVCache) -> None:
+        """From now on KV is in this cache, of the same layout; that of before is forgotten. Comes before `warm_up`."""
 
     def warm_up(self, page: int, rows: int, running: int, context: int) -> None:
         """Makes whatever is made per size, for steps of up to `rows` rows, of which `running` are sampled, and

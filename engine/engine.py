@@ -22,10 +22,11 @@ from engine.batch import build_step
 from engine.commitment import Commitments
 from engine.engine_config import EngineConfig
 from engine.followers import LeadingDecoder
-from engine.loaded_model import TRIAL_PAGES, load_model
+from engine.loaded_model import load_model
 from engine.pacing import Pacing
 from engine.pages import Owner, OwnerKind, PageLedger
 from engine.policies import make_policy
+from engine.pool_size import TRIAL_PAGES
 from engine.prefix_cache import PrefixCache
 from engine.sampler import choose
 from engine.scheduler import Chunk, Lease, Scheduler, StepPlan
@@ -78,7 +79,8 @@ class Engine:
         model = load_model(config, rank)
         self.model = model.card
         self.layout = model.layout
-        self.ledger = PageLedger(config.pool_pages)
+        self.memory = model.memory
+        self.ledger = PageLedger(model.cache.pages - TRIAL_PAGES)
         self.steps = 0
         """Steps since the start: grows while the engine makes progress."""
         self._config = config

@@ -33,7 +33,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_dtype: KVDtype = KVDtype.AUTO
     weights: WeightsFrom = WeightsFrom.FILES
     page_size: int
-    pool_pages: int
+    pool_pages: int | None = None
+    """None: the default of the device, see `engine.pool_size`."""
+    memory_fraction: float | None = None
+    """Decides about the pool's size, if it is set."""
     max_running: int
     """Sequences in the step loop at a time."""
     chunk_tokens: int
@@ -65,7 +68,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             kv_dtype=topology.kv.dtype,
             weights=topology.model.weights,
             page_size=topology.kv.page_size,
-            pool_pages=topology.pool_pages,
+            pool_pages=None if topology.kv.pool_tokens is None else topology.pool_pages,
+            memory_fraction=topology.kv.memory_fraction,
             max_running=pool.max_running,
             chunk_tokens=pool.chunk_tokens,
             context_length=topology.model.context_length,

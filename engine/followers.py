@@ -19,6 +19,7 @@ from torch import Tensor
 from cluster.ranks import Frames
 from engine.attention.base import Span
 from engine.decoder import Decoder, Step
+from engine.kv_cache import KVCache
 
 
 class WarmUp(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -85,6 +86,10 @@ class LeadingDecoder:
             return self._inner.forward(step, pause if pauses else between_layers)
         finally:
             self._depth -= 1
+
+    def use(self, cache: KVCache) -> None:
+        """Each rank has a cache of its own, and has it before there is anything to lead."""
+        self._inner.use(cache)
 
     def warm_up(self, page: int, rows: int, running: int, context: int) -> None:
         self._order(msgspec.msgpack.encode(WarmUp(page, rows, running, context)))

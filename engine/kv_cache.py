@@ -8,17 +8,16 @@ page_size * head_dim, twice as fast on CPU as token by token. Which page belongs
 
 from __future__ import annotations
 
-import psutil
 import torch
 from torch import Tensor
 
 from cluster.errors import ConfigError
 from cluster.layout import KVLayout
+from engine.device_memory import GIB, free_memory
 from engine.huge_pages import HUGE_PAGE, zeros_in_huge_pages
 
 ALIGNMENT = HUGE_PAGE
 """More than transfer engines ask for."""
-GIB = 1 << 30
 
 
 class KVCache:
@@ -69,10 +68,11 @@ class KVCache:
 
 
 def _require_memory(layout: KVLayout, pages: int, device: torch.device) -> None:
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    available = free_memory(device)
     wanted = pages * layout.page_bytes
     if wanted > available:
         raise ConfigError(
             f"kv.pool_tokens: a pool of {pages * layout.page_size} tokens takes {wanted / GIB:.1f} GiB, but {device} "
-            f"has {available / GIB:.1f} GiB left: at most {available // layout.token_bytes} tokens fit"
+            f"has {available / GIB:.1f} GiB left: at most {available // layout.token_bytes} tokens fit; lower it, or "
+            "kv.memory_fraction"
         )

@@ -15,16 +15,23 @@ from cluster.ranks import Rank
 from engine.decoder import Decoder
 from engine.decoders import make_decoder
 from engine.device import open_device, resolve_dtype
+from engine.device_memory import MemoryAccount, open_memory
 from engine.engine_config import EngineConfig
 from engine.group import TorchGroup
 from engine.kv_cache import KVCache
+from engine.pool_size import (
+    PROFILED_PAGES,
+    TRIAL_PAGES,
+    LargestStep,
+    fraction_of,
+    least_of_all,
+    pages_asked_for,
+    room_left,
+)
 from engine.shard import Shard
 from engine.weights import open_model
 
 log = get_logger(__name__)
-
-TRIAL_PAGES = 1
-"""Pages of the pool's memory that no ledger gives out: transfer connections are tried on the last page."""
 
 
 class LoadedModel(NamedTuple):
@@ -34,6 +41,8 @@ class LoadedModel(NamedTuple):
     cache: KVCache
     """This rank's heads of all pages."""
     decoder: Decoder
+    memory: MemoryAccount
+    """This rank's."""
 
 
 def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
@@ -41,6 +50,7 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
     files = open_model(config.model_path, config.weights)
     architecture = files.config
     device = open_device(config.device, rank.number, rank.size, config.threads)
+    memory = open_memory(device)
     dtype = resolve_dtype(config.dtype, device)
     layout = KVLayout(
         model=files.weights.identity,
@@ -54,10 +64,21 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
     shard = None
     if rank.size > 1:
         shard = Shard(architecture, TorchGroup(rank.number, rank.size, rank.rendezvous, device))
-    cache = KVCache(layout.of_rank(rank.number), config.pool_pages + TRIAL_PAGES, device, getattr(torch, dtype.value))
+    fraction = fraction_of(config, device)
+    pages = pages_asked_for(config) + TRIAL_PAGES if fraction is None else PROFILED_PAGES
+    cache = KVCache(layout.of_rank(rank.number), pages, device, getattr(torch, dtype.value))
     decoder = make_decoder(config.kernels, architecture, files.weights, cache, config.threads, shard, config.attention)
     if shard is not None:
         _require_same(decoder, shard, device)
+    context = _context_length(config, architecture.context_length)
+    work_space = 0
+    if fraction is not None:
+        largest = LargestStep(config, context, architecture.vocab_size)
+        room = room_left(memory, fraction, cache.page_bytes, decoder, largest)
+        work_space = room.work_space
+        pages = least_of_all(room.pages, None if shard is None else shard.group, device)
+        cache = KVCache(cache.layout, pages, device, cache.dtype)
+        decoder.use(cache)
     log.info(
         "weights and KV pool are in memory",
         device=cache.device,
@@ -66,8 +87,9 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
         weights_bytes=decoder.weight_bytes,
         pool_bytes=cache.nbytes,
     )
-    context = _context_length(config, architecture.context_length)
-    return LoadedModel(ModelCard(config.model_name, context, architecture.vocab_size), layout, cache, decoder)
+    card = ModelCard(config.model_name, context, architecture.vocab_size)
+    account = MemoryAccount(memory, cache.device, decoder.weight_bytes, cache.nbytes, work_space)
+    return LoadedModel(card, layout, cache, decoder, account)
 
 
 def _require_same(decoder: Decoder, shard: Shard, device: torch.device) -> None:

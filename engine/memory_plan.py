@@ -24,10 +24,10 @@ from cluster.shards import even_range, key_value_heads, query_heads
 from engine.attention.torch_paged import BLOCK_SCORES
 from engine.device import resolve_dtype
 from engine.huge_pages import Arena
-from engine.loaded_model import TRIAL_PAGES
 from engine.model_config import ModelConfig
 from engine.native.library import NativeUnavailable, load
 from engine.native.packing import LANES, packed_bytes
+from engine.pool_size import FLOAT_BYTES, NESTED_STEPS, SAMPLER_COPIES, TRIAL_PAGES
 from engine.shard import INNER_UNIT, VOCABULARY_UNIT
 from engine.weights import open_model
 from engine.weights.base import ModelFiles, parameter_shapes
@@ -35,11 +35,6 @@ from engine.weights.base import ModelFiles, parameter_shapes
 MIB = 1 << 20
 RUNTIME = {"cpu": 400 * MIB, "cuda": 1024 * MIB}
 """Interpreter and torch; on a GPU, CUDA's context, the libraries' work space, captured graphs."""
-FLOAT_BYTES = 4
-SAMPLER_COPIES = 3
-"""Logits, their probabilities, and those in order."""
-NESTED_STEPS = 2
-"""A step may be computed between the layers of another, with buffers of its own."""
 
 Sizes = dict[str, int]
 """Bytes by kind of tensor."""
@@ -72,7 +67,7 @@ def plan_memory(request: MemoryRequest, files: ModelFiles) -> MemoryPlan:
     pool_pages = request.concurrency * layout.pages_for(context)
     if request.pool_tokens is not None:
         pool_pages = layout.pages_for(request.pool_tokens)
-    ranks = []
+    ranks: list[RankMemory] = []
     for rank in range(request.tensor_parallel):
         part = _part(config, request.tensor_parallel, rank)
         sizes = held(part, dtype, kernels, device)
@@ -81,11 +76,18 @@ def plan_memory(request: MemoryRequest, files: ModelFiles) -> MemoryPlan:
             RankMemory(
                 weights=_quantised(sizes, checkpoint.kept_bytes(), config, part, item) if device == "cuda" else sizes,
                 page=page,
-                pool=(pool_pages + TRIAL_PAGES) * page,
+                pool=0,
                 activations=_activations(request, part, config.vocab_size, item, context),
                 runtime=RUNTIME[device],
             )
         )
+    capacity = None
+    if request.gpu_bytes is not None:
+        budget = int(request.gpu_bytes * request.memory_fraction)
+        capacity = _capacity(budget, ranks, request.page_size, layout.pages_for(context))
+        if request.fills:
+            pool_pages = layout.pages_for(capacity.tokens)
+    ranks = [msgspec.structs.replace(rank, pool=(pool_pages + TRIAL_PAGES) * rank.page) for rank in ranks]
     return MemoryPlan(
         pool=request.pool,
         family=config.family,
@@ -102,10 +104,9 @@ def plan_memory(request: MemoryRequest, files: ModelFiles) -> MemoryPlan:
         pool_tokens=pool_pages * request.page_size,
         token=sum(each.page for each in ranks) // request.page_size,
         gpu_bytes=request.gpu_bytes,
+        memory_fraction=request.memory_fraction,
         ranks=ranks,
-        capacity=None
-        if request.gpu_bytes is None
-        else _capacity(request.gpu_bytes, ranks, request.page_size, layout.pages_for(context)),
+        capacity=capacity,
     )
 
 
@@ -168,8 +169,8 @@ def _activations(request: MemoryRequest, part: ModelConfig, vocabulary: int, ite
     return NESTED_STEPS * rows * widths * item + attention * item + sampling
 
 
-def _capacity(gpu_bytes: int, ranks: list[RankMemory], page_size: int, pages_of_request: int) -> Capacity:
-    free = [gpu_bytes - (rank.total - rank.pool) for rank in ranks]
+def _capacity(budget: int, ranks: list[RankMemory], page_size: int, pages_of_request: int) -> Capacity:
+    free = [budget - (rank.total - rank.pool) for rank in ranks]
     pages = min(max(0, left // rank.page - TRIAL_PAGES) for left, rank in zip(free, ranks, strict=True))
     return Capacity(min(free), pages * page_size, pages // pages_of_request)
 

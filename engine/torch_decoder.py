@@ -67,7 +67,8 @@ class TorchDecoder:
         self._head = make_linear(self._embedding if config.tied_embeddings else read("lm_head.weight"))
         self._rope = RotaryEmbedding(config.rope, config.head_dim, self._device)
         self.weight_bytes = self._count_bytes()
-        self._attention = make_attention(attention, cache, config.heads, config.windows)
+        self._attention_wanted = attention
+        self.use(cache)
 
     def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
         rows = rounded(len(step.tokens), ROWS)
@@ -87,6 +88,9 @@ class TorchDecoder:
         logits = self._head(self._normed(hidden.index_select(0, sampled), self._norm))
         own = logits[: len(step.sampled)].float()
         return own if self._shard is None else self._shard.gather(own)
+
+    def use(self, cache: KVCache) -> None:
+        self._attention = make_attention(self._attention_wanted, cache, self._config.heads, self._config.windows)
 
     def warm_up(self, page: int, rows: int, running: int, context: int) -> None:
         for size in series(rows, ROWS):

@@ -69,7 +69,7 @@ def _resolve(place: Place, grid: DecodeGrid) -> tuple[Place, Topology]:
     topology = place.resolve()
     if topology.decode.max_running < max(grid.batches):
         raise ConfigError(f"--batches {max(grid.batches)}: decode.max_running is {topology.decode.max_running}")
-    pool = max(topology.kv.pool_tokens, grid.pool_tokens)
+    pool = max(topology.pool_pages * topology.kv.page_size, grid.pool_tokens)
     place = place._replace(settings=(*place.settings, f"kv.pool_tokens={pool}"))
     return place, place.resolve()
 

@@ -61,8 +61,8 @@ class NativeDecoder:
 
         self._embedding = read("model.embed_tokens.weight")
         self._weights = Arena(_weight_bytes(config, len(self._embedding), dtype.itemsize))
-        pointers = [self._pointers(read_layer(config, read, layer), layer) for layer in range(config.layers)]
-        self._layers = [ctypes.byref(layer) for layer in pointers]
+        self._pointers = [self._layer(read_layer(config, read, layer), layer) for layer in range(config.layers)]
+        self._layers = [ctypes.byref(layer) for layer in self._pointers]
         self._rope = RotaryEmbedding(config.rope, config.head_dim, cache.pool.device)
         self._shape = Shape(
             hidden=config.hidden_size,
@@ -116,6 +116,11 @@ class NativeDecoder:
         """Nothing is made per size but the buffers."""
         self._space(0).rows(rows)
         self._sampling_space(running)
+
+    def use(self, cache: KVCache) -> None:
+        self._cache = cache
+        for layer, pointers in enumerate(self._pointers):
+            pointers.cache = cache.pool[:, :, layer].data_ptr()
 
     def _space(self, depth: int) -> _WorkSpace:
         if depth == len(self._spaces):
@@ -171,7 +176,7 @@ class NativeDecoder:
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
 
-    def _pointers(self, weights: LayerWeights, layer: int) -> LayerPointers:
+    def _layer(self, weights: LayerWeights, layer: int) -> LayerPointers:
         keep, place = self._keep, self._weights.place
         gate_up_bias = weights.gate_up.bias
         window = self._config.windows[layer] if self._config.windows else None

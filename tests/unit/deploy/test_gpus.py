@@ -2,10 +2,10 @@
 
 import pytest
 
-from cluster.config import Decode, Device, Model, Prefill, Topology
+from cluster.config import KV, Decode, Device, Model, Prefill, Topology
 from cluster.errors import ConfigError
 from cluster.messages import Role
-from deploy.gpus import GpuDealer, deal_gpus, visible_gpus
+from deploy.gpus import GpuDealer, deal_gpus, memory_note, share_memory, visible_gpus
 from deploy.launchers.base import ProcessKind
 from deploy.launchers.local import LocalProcesses
 from deploy.launchers.processes import ProcessSpec
@@ -66,6 +66,22 @@ def test_what_the_topology_says_is_done_and_others_keep_away_from_it():
 def test_too_few_gpus_are_said_before_anything_starts(pools, gpus, message):
     with pytest.raises(ConfigError, match=message):
         deal_gpus(topology(**pools), gpus)
+
+
+@pytest.mark.parametrize(
+    ("kv", "gpus", "expected", "note"),
+    [
+        (KV(), ["0"], KV(memory_fraction=0.45), "each rank takes 45.0% of its GPU's memory"),
+        (KV(), ["0", "1"], KV(), "each rank takes 90.0% of its GPU's memory"),
+        (KV(memory_fraction=0.3), ["0"], KV(memory_fraction=0.3), "each rank takes 30.0%"),
+        (KV(pool_tokens=4096), ["0"], KV(pool_tokens=4096), "a pool of 4,096 tokens"),
+    ],
+)
+def test_who_shares_a_gpu_shares_its_memory_unless_the_topology_says_how(kv, gpus, expected, note):
+    given = topology(kv=kv)
+    shared = share_memory(given, GpuDealer(given, gpus))
+    assert shared.kv == expected
+    assert note in memory_note(shared)
 
 
 def test_on_a_cpu_nothing_is_dealt():

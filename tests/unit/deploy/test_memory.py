@@ -49,6 +49,17 @@ def test_a_topology_is_a_worker_of_each_pool_with_its_pool():
     assert unified.pool == "decode"
 
 
+@pytest.mark.parametrize(
+    ("settings", "fills", "fraction"),
+    [((), True, 0.9), (("kv.memory_fraction=0.4",), True, 0.4), (("kv.pool_tokens=4096",), False, 1.0)],
+)
+def test_on_a_gpu_the_pool_fills_what_is_the_workers(settings, fills, fraction):
+    (worker,) = requests(None, topology("prefill.replicas=0", *settings), NOTHING._replace(gpu_bytes=80 * GIB))
+    assert (worker.fills, worker.memory_fraction) == (fills, fraction)
+    (asked,) = requests(None, topology("prefill.replicas=0"), NOTHING._replace(gpu_bytes=80 * GIB, concurrency=2))
+    assert (asked.fills, asked.pool_tokens, asked.concurrency) == (False, None, 2)
+
+
 def test_requests_asked_for_decide_on_the_pool():
     wanted = NOTHING._replace(concurrency=8, dtype=Dtype.FLOAT16, gpu_bytes=GIB)
     prefill, _ = requests(None, topology(), wanted)

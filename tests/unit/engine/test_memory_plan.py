@@ -110,6 +110,9 @@ def test_what_fits_on_a_gpu_and_what_does_not(tmp_path):
     halves = planned(tmp_path, gpu_bytes=80 * GIB, tensor_parallel=2)
     assert halves.capacity.tokens > 2 * plan.capacity.tokens
     assert planned(tmp_path, gpu_bytes=8 * GIB).capacity.free < 0
+    filled = planned(tmp_path, gpu_bytes=80 * GIB, memory_fraction=0.45, fills=True)
+    assert filled.pool_tokens == filled.capacity.tokens < plan.capacity.tokens / 2
+    assert 36 * GIB - filled.ranks[0].page < filled.ranks[0].total <= 36 * GIB
 
 
 @pytest.mark.parametrize(
