@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from cluster.shards import Grid
+
 Text = Annotated[str, Meta(min_length=1)]
 Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[int, Meta(ge=0)]
@@ -87,6 +89,14 @@ class Device(str, Enum):
     CUDA = "cuda"
 
 
+class Switch(str, Enum):
+    AUTO = "auto"
+    """Where it serves; says so in the log where it can't be had."""
+    ALWAYS = "always"
+    """A worker that can't have it does not start."""
+    NEVER = "never"
+
+
 class TransferName(str, Enum):
     NIXL = "nixl"
     MOONCAKE = "mooncake"
@@ -158,6 +168,12 @@ class Model(Section, frozen=True):
     """Shortens the model's own."""
     kernels: Kernels = Kernels.AUTO
     attention: Attention = Attention.AUTO
+    graphs: Switch = Switch.AUTO
+    """Decode steps as CUDA graphs, captured at the start for some batch sizes: the host launches a step by one command
+    instead of one per kernel. auto: on a GPU, with flashinfer's attention and without tensor parallelism."""
+    compile: bool = False
+    """With torch's kernels: norms, rotation and activation go through torch.compile, for half a minute more at the
+    start."""
     device: Device = Device.AUTO
     """Where workers compute; on GPUs, each rank has one. Which ones, `gpus` of the pools says, or the place where the
     cluster runs; a worker that is started by hand takes the first ones of its CUDA_VISIBLE_DEVICES."""
@@ -379,6 +395,9 @@ class DecodeScheduling(Section, frozen=True):
     decode; between, see `engine.pacing`. By default 0 in a unified cluster, and 1 beside a prefill pool."""
     prefill_delay_seconds: Delay = 0.0
     """For so long new prompts may be held back while others decode, to be computed together."""
+    ahead: Switch = Switch.AUTO
+    """A step is launched before the host has read the tokens of the one before it. An answer that a stop token ends
+    costs one token more than it has. auto: on a GPU, without tensor parallelism; a CPU has nothing to gain by it."""
     retract_every_steps: NonNegative = 0
     """For tests: retracts the youngest that decodes after so many steps, again and again, pages or not. 0: never."""
 
@@ -394,12 +413,20 @@ class Prefill(Section, frozen=True):
     tensor_parallel: Positive = 1
     """Engine processes that each worker's model is spread over: its heads, MLPs and vocabulary, and with the heads the
     KV of each token. At most as many as the model has query heads. The pools need not have the same."""
+    pipeline_parallel: Positive = 1
+    """Stages that the model's layers are divided among, each of `tensor_parallel` engine processes; prompts go through
+    them in chunks, one behind the other. At most as many as the model has layers. The pools need not have the same."""
     nodes: Positive = 1
     """Hosts that the ranks of each worker are spread over, as many on each: for a model that exceeds one host. What its
     ranks say to each other there goes over the network as it is, like the KV: on a network of your own only."""
     cpus: Cores = []
     gpus: Gpus = []
     scheduling: PrefillScheduling = PrefillScheduling()
+
+    @property
+    def grid(self) -> Grid:
+        """Of each worker's ranks."""
+        return Grid(self.tensor_parallel, self.pipeline_parallel)
 
 
 class Decode(Section, frozen=True):
@@ -410,11 +437,18 @@ class Decode(Section, frozen=True):
     max_running: Positive = 64
     tensor_parallel: Positive = 1
     """As in `prefill`."""
+    pipeline_parallel: Positive = 1
+    """As in `prefill`."""
     nodes: Positive = 1
     """As in `prefill`."""
     cpus: Cores = []
     gpus: Gpus = []
     scheduling: DecodeScheduling = DecodeScheduling()
+
+    @property
+    def grid(self) -> Grid:
+        """Of each worker's ranks."""
+        return Grid(self.tensor_parallel, self.pipeline_parallel)
 
 
 class RayPool(Section, frozen=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from cluster.logging import configure, get_logger
 from cluster.messages import EngineRank, Message, PeerMessage
 from cluster.process import die_with_parent, forget_garbage, leave_interrupts_to_parent, pin
 from cluster.progress_board import ProgressBoard
-from cluster.ranks import ALONE, Rank, RankGone
+from cluster.ranks import ALONE, Meeting, MeetingFile, MeetingPort, Rank, RankGone
 from cluster.step_loop import StepHandler, StepLoop
 from cluster.topology import load_topology
 
@@ -73,7 +74,7 @@ def main(program: str, cores_of: Callable[[Topology], Cores], build: Build, foll
         topology = load_topology(arguments.topology, arguments.set)
         configure(arguments.name, topology.logging)
         cpus = cores_of(topology)
-        rank = Rank.inherited(arguments.rank, arguments.ranks, arguments.links)
+        rank = Rank.inherited(arguments.rank, arguments.ranks, arguments.hosts, _meeting(arguments), arguments.links)
         cores = _place(cpus[arguments.index % len(cpus)] if cpus else [], rank)
         context = EngineContext(
             topology, arguments.name, arguments.host, epoch, cores, channel, board, MonotonicClock(), rank
@@ -120,13 +121,25 @@ def _place(cores: Sequence[int], rank: Rank) -> list[int]:
     return pin(rank.share_of(cores))
 
 
+def _meeting(arguments: argparse.Namespace) -> Meeting | None:
+    if arguments.meet_at is not None:
+        host, port = arguments.meet_at
+        return MeetingPort(host, int(port), arguments.host, arguments.meeting)
+    if arguments.meeting is not None:
+        return MeetingFile(f"/proc/{os.getpid()}/fd/{arguments.meeting}")
+    return None
+
+
 def _parse(program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {program}")
     parser.add_argument("--channel", type=int, required=True, help="file descriptor of the control process's socket")
     parser.add_argument("--board", type=int, required=True, help="file descriptor of the shared progress board")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--hosts", type=int, default=1, help="that the ranks are spread over")
     parser.add_argument("--links", type=int, nargs="*", default=[], help="see cluster.ranks.Rank.inherited")
+    parser.add_argument("--meeting", type=int, help="file descriptor of what the ranks meet by: a file, or a listener")
+    parser.add_argument("--meet-at", nargs=2, metavar=("HOST", "PORT"), help="where, if they are on several hosts")
     parser.add_argument("--topology", required=True)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--index", type=int, required=True)

@@ -59,11 +59,17 @@ class Link:
 
     async def receive(self) -> AnyMessage:
         """The next message. Raises `LinkClosed` at the end and `UnknownMessage` for a frame that is no message."""
+        return decode(await self.frame())
+
+    async def frame(self) -> bytes:
+        """The next frame as it came, for links that have messages of their own. Raises `LinkClosed` at the end."""
         frame = await self._socket.receive()
         if frame.type is aiohttp.WSMsgType.BINARY:
-            return decode(frame.data)
+            binary: bytes = frame.data
+            return binary
         if frame.type is aiohttp.WSMsgType.TEXT:
-            return decode(frame.data.encode())
+            text: str = frame.data
+            return text.encode()
         raise LinkClosed(f"the link to {self.peer} is closed")
 
     async def close(self) -> None:

@@ -4,13 +4,15 @@ A prefill worker dials, a decode worker accepts; after the hellos both do the sa
 link and the engine process, and tell it who came and went. At most one link per peer: a new one replaces the old.
 
 One question a control process answers by itself: whether a process of its host is dead, a former engine process of its
-own, say. It comes from decode workers of other hosts, with pages that this process might still write to.
+own, say. It comes from decode workers of other hosts, with pages that this process might still write to. A worker whose
+ranks are on several hosts asks those, too.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
@@ -31,6 +33,7 @@ from cluster.messages import (
     Message,
     Offer,
     PeerHello,
+    ProcessIdentity,
     Refused,
     Role,
 )
@@ -74,14 +77,25 @@ async def receive_hello(link: Link, role: Role) -> PeerHello:
     return message
 
 
+class Witnesses(Protocol):
+    """Hosts whose kernels may know what ours does not."""
+
+    def is_dead(self, process: ProcessIdentity) -> bool:
+        """Whether one of them has said so. Who is told False may ask again: they are asked meanwhile."""
+
+
 class PeerTable:
     """The connected peers of one worker. `post` gives a message to the engine process.
 
     Serves between `open` and `close`, which come with each life of the engine process.
     """
 
-    def __init__(self, post: Callable[[Message], None], on_count: Callable[[int], None]) -> None:
+    def __init__(
+        self, post: Callable[[Message], None], on_count: Callable[[int], None], elsewhere: Witnesses | None = None
+    ) -> None:
+        """`elsewhere`: the further hosts of this worker."""
         self._post = post
+        self._elsewhere = elsewhere
         self._on_count = on_count
         self._links: dict[str, tuple[int, Link]] = {}
         self._opened = asyncio.Event()
@@ -130,11 +144,17 @@ class PeerTable:
                     self._post(FromPeer(hello.worker, hello.epoch, message))
                 elif not isinstance(message, DeathAsked):
                     raise UnknownMessage(f"{type(message).__name__} does not belong between workers")
-                elif process_identity.is_dead(message.process):
+                elif self._is_dead(message.process):
                     link.post(DeathWitnessed(message.process))
         finally:
             if self._links.get(hello.worker) == (hello.epoch, link):
                 self._drop(hello.worker)
+
+    def _is_dead(self, process: ProcessIdentity) -> bool:
+        """Only with proof."""
+        if process_identity.is_dead(process):
+            return True
+        return self._elsewhere is not None and self._elsewhere.is_dead(process)
 
     def _drop(self, worker: str) -> None:
         epoch, link = self._links.pop(worker, (0, None))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -35,6 +36,14 @@ class Progress(msgspec.Struct, frozen=True):
     """When the oldest transfer that is not over began."""
     silent_until: float = _NEVER
     """The engine process has said that it may show no progress until then."""
+
+
+class Board(Protocol):
+    """What a control process reads of one engine process, or of a group of them."""
+
+    def read(self) -> Progress: ...
+
+    def close(self) -> None: ...
 
 
 class ProgressBoard:
@@ -100,11 +109,28 @@ class ProgressBoard:
         os.close(self.descriptor)
 
 
+class DistantBoard:
+    """What is told of the transfers of a rank on another host; `heard` is called with it."""
+
+    def __init__(self) -> None:
+        self._progress = Progress()
+
+    def heard(self, transfers: int, oldest_transfer: float | None) -> None:
+        """A moment of this host's clock, as far as it can be known."""
+        self._progress = Progress(transfers=transfers, oldest_transfer=oldest_transfer)
+
+    def read(self) -> Progress:
+        return self._progress
+
+    def close(self) -> None:
+        """There is nothing to be closed."""
+
+
 class GroupBoard:
     """What the boards of a worker's ranks show together. Rank 0's step loop stands for all: it waits for them in each
     step. Each rank has transfers of its own; they get on when those of all ranks do."""
 
-    def __init__(self, boards: Sequence[ProgressBoard]) -> None:
+    def __init__(self, boards: Sequence[Board]) -> None:
         self._boards = boards
         self._seen = [0] * len(boards)
         self._transfers = 0

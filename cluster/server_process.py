@@ -36,6 +36,8 @@ def worker_parser(program: str, what: str) -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address at which the others reach it (default: the topology's)")
     parser.add_argument("--listen", help="address to listen on, if that is another: 0.0.0.0 in a container")
     parser.add_argument("--port", type=int, default=0, help="port to listen on (default: any free one)")
+    parser.add_argument("--node", type=int, default=0, help="which of its hosts this is (default: 0, the first)")
+    parser.add_argument("--leader", metavar="URL", help="of its process on the first host; needed on all others")
     return parser
 
 

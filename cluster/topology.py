@@ -35,6 +35,8 @@ def load_topology(path: str | Path, overrides: Sequence[str] = ()) -> Topology:
     check.cores("decode", topology.decode)
     check.gpus("prefill", topology.prefill, topology.launch)
     check.gpus("decode", topology.decode, topology.launch)
+    check.nodes("prefill", topology.prefill)
+    check.nodes("decode", topology.decode)
     check.network(topology)
     return topology
 
@@ -87,11 +89,14 @@ class _Checks:
         if len(pool.gpus) < pool.replicas:
             raise self._error(key, f"expected GPUs for each of {pool.replicas} replicas, found {len(pool.gpus)}")
         for index, gpus in enumerate(pool.gpus):
-            if len(gpus) != pool.tensor_parallel or len(set(gpus)) < len(gpus):
+            if len(gpus) != pool.grid.ranks or len(set(gpus)) < len(gpus):
                 raise self._error(
-                    f"{key}[{index}]",
-                    f"expected a GPU of its own for each of {pool.tensor_parallel} ranks, found {gpus}",
+                    f"{key}[{index}]", f"expected a GPU of its own for each of {pool.grid.ranks} ranks, found {gpus}"
                 )
+
+    def nodes(self, name: str, pool: Prefill | Decode) -> None:
+        if pool.grid.ranks % pool.nodes:
+            raise self._error(f"{name}.nodes", f"{pool.grid.ranks} ranks can't be as many on each of {pool.nodes}")
 
     def network(self, topology: Topology) -> None:
         bootstrap, router = topology.bootstrap, topology.router

@@ -19,7 +19,7 @@ from yarl import URL
 
 from cluster.access.security import ClusterSecurity
 from cluster.clock import MonotonicClock
-from cluster.config import Topology
+from cluster.config import Decode, Prefill, Topology
 from cluster.engine_host import EngineHost
 from cluster.engine_messages import EngineLoad, EngineReady, ProfileEnded, ProfileReply, ToPeer, ToRouter
 from cluster.errors import BatonError, InvalidRequest, WorkerLost
@@ -47,6 +47,7 @@ from cluster.peers import PeerTable
 from cluster.process import EXIT_DONE, EXIT_RESTART
 from cluster.profiling import ProfileApi
 from cluster.progress_board import Progress
+from cluster.rank_hosts import RankHosts
 from cluster.restarts import RestartBudget
 from cluster.router_links import RouterLinks
 from cluster.tasks import cancel, first_of, together
@@ -101,10 +102,11 @@ class WorkerShell:
         """What the process should end with, after `run` has ended without an error."""
         self.security = ClusterSecurity(topology.security)
         self.metrics = WorkerMetrics(name, role)
-        self.peers = PeerTable(self.post, self.metrics.peers)
+        self._clock = MonotonicClock()
+        self._hosts = RankHosts(self._section.nodes, self.ask_drain, self._clock) if self._section.nodes > 1 else None
+        self.peers = PeerTable(self.post, self.metrics.peers, self._hosts)
         self.app = web.Application()
         self._command = command
-        self._clock = MonotonicClock()
         self._budget = RestartBudget(topology.restarts)
         self._health = WorkerHealth(
             name,
@@ -144,6 +146,12 @@ class WorkerShell:
         router.add_get("/router", self._routers.serve)
         router.add_post("/drain", self._drain)
         self._profiles.add_routes(self.app)
+        if self._hosts is not None:
+            router.add_get("/ranks", self._hosts.serve)
+
+    @property
+    def _section(self) -> Prefill | Decode:
+        return self.topology.prefill if self.role is Role.PREFILL else self.topology.decode
 
     # --- for the role ------------------------------------------------------------------------------------------------
 
@@ -154,6 +162,8 @@ class WorkerShell:
         self.security.require_for(address, f"{self.role.value}.host")
         url = await self._server.start(address, port, "choose another port")
         self._url = str(URL(url).with_host(host))
+        if self._hosts is not None:
+            self._hosts.listen_at(host, address)
 
     async def run(self, join: Join) -> None:
         """Works until it is drained. `join` makes a life's membership. Raises what the engine process could not start
@@ -173,6 +183,8 @@ class WorkerShell:
         """When this returns there is no engine process any more."""
         if self._ending is not None:
             await self._ending
+        if self._hosts is not None:
+            await self._hosts.close()
         await self._server.stop()
 
     # --- lives of the engine process ---------------------------------------------------------------------------------
@@ -195,7 +207,10 @@ class WorkerShell:
         """One life; returns what it ended with, and what is to be done about it. Raises what bootstrap refuses this
         worker with."""
         log.info("loading the model", model=self.topology.model.path, url=self._url)
-        engine = self._engine = await EngineHost.start(*self._command)
+        try:
+            engine = self._engine = await self._start_engine()
+        except BatonError as error:
+            return error, self._died(error)
         try:
             try:
                 ready = await self._started(engine)
@@ -208,6 +223,12 @@ class WorkerShell:
             # Whoever cancels us now must not cut it short: `close` waits for the rest.
             self._ending = asyncio.ensure_future(self._end(engine))
             await asyncio.shield(self._ending)
+
+    async def _start_engine(self) -> EngineHost:
+        """Raises `WorkerLost` if a further host of this worker is lost meanwhile."""
+        if self._hosts is None:
+            return await EngineHost.start(*self._command)
+        return await EngineHost.start_spread(*self._command, self._hosts)
 
     def _died(self, death: BatonError) -> list[Action]:
         if self._health.state is not HealthState.DRAINING:
@@ -242,7 +263,7 @@ class WorkerShell:
             await cancel(relaying, beside)
 
     def _begin(self, ready: EngineReady) -> Member:
-        section = self.topology.prefill if self.role is Role.PREFILL else self.topology.decode
+        section = self._section
         member = self._member = Member(
             worker=self.name,
             role=self.role,
@@ -394,13 +415,14 @@ class WorkerShell:
 
     async def _server_info(self, request: web.Request) -> web.Response:
         """What operators and other routers ask of a worker."""
-        section = self.topology.prefill if self.role is Role.PREFILL else self.topology.decode
+        section = self._section
         return _json(
             {
                 "worker": self.name,
                 "model_path": self.topology.model.path,
                 "served_model_name": self.topology.served_model,
                 "tp_size": section.tensor_parallel,
+                "pp_size": section.pipeline_parallel,
                 "dp_size": 1,
                 "disaggregation_mode": "null" if self.topology.unified else self.role.value,
                 "max_running_requests": section.max_running,

@@ -1,34 +1,20 @@
-"""`python -m decode_worker --topology FILE --index N`: the control process of one decode worker."""
+"""`python -m decode_worker --topology FILE --index N`: a decode worker; with `--node`, what of it is on a further host."""
 
 from __future__ import annotations
 
 import sys
 
 from cluster.config import Topology
-from cluster.server_process import run, worker_parser
-from cluster.worker_shell import EngineCommand
+from cluster.messages import Role
+from cluster.worker_process import worker_main
 from decode_worker.control import serve
 from engine.environment import engine_environment
 from kv_transfer.backends import backend_environment
 
 
-def main() -> int:
-    arguments = worker_parser("decode_worker", "One worker of the decode pool.").parse_args()
-    name = arguments.name or f"decode-{arguments.index}"
-    engine = ["--topology", arguments.topology, "--index", str(arguments.index), "--name", name]
-    for override in arguments.set:
-        engine += ["--set", override]
-
-    async def start(topology: Topology) -> int:
-        host = arguments.host or topology.decode.host
-        environment = engine_environment() | backend_environment(topology.kv.transfer)
-        command = EngineCommand(
-            "decode_worker.engine_process", [*engine, "--host", host], environment, topology.decode.tensor_parallel
-        )
-        return await serve(topology, name, host, arguments.port, command, listen=arguments.listen)
-
-    return run(name, arguments.topology, arguments.set, start)
+def _environment(topology: Topology) -> dict[str, str]:
+    return engine_environment() | backend_environment(topology.kv.transfer)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(worker_main(Role.DECODE, serve, _environment))

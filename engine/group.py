@@ -6,24 +6,28 @@ When one dies, whoever waits for it is ended from outside (`cluster.engine_host`
 
 from __future__ import annotations
 
+import copy
+import ipaddress
 import os
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
+import psutil
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as functional
 from torch import Tensor
 
 from cluster.errors import ConfigError
-from cluster.ranks import RankGone
+from cluster.ranks import Meeting, MeetingFile, RankGone
 
 SOCKETS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 PAIR = 2
 LOOPBACK = "lo"
-"""A group lives on one host, and its sockets are nobody else's business."""
+"""For a group that lives on one host: its sockets are nobody else's business."""
 
 
 class Group(Protocol):
@@ -39,48 +43,94 @@ class Group(Protocol):
 
 
 class TorchGroup:
-    """Implements `Group` by torch.distributed: gloo on CPU, NCCL on CUDA. One per process."""
+    """Implements `Group` by torch.distributed: gloo on CPU, NCCL on CUDA. One per process, and those split from it."""
 
-    def __init__(self, rank: int, size: int, rendezvous: str, device: torch.device) -> None:
-        """Returns when all ranks are here. `rendezvous` names a file that all of them share and that was empty. Raises
-        `ConfigError` if they don't come together."""
-        for name in SOCKETS:
-            os.environ.setdefault(name, LOOPBACK)
+    def __init__(self, rank: int, size: int, rendezvous: Meeting, device: torch.device) -> None:
+        """Returns when all ranks are here. Raises `ConfigError` if they don't come together."""
+        interface = _interface(rendezvous)
+        for name in SOCKETS if interface else ():
+            os.environ.setdefault(name, interface)
         self.rank = rank
         self.size = size
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store = distributed.FileStore(rendezvous, size)  # type: ignore[attr-defined]
         try:
+            store = _store(rendezvous, size)
             distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
         except RuntimeError as error:
-            raise ConfigError(f"tensor_parallel: the {size} ranks don't come together by {backend}: {error}") from error
+            raise ConfigError(f"the {size} ranks of this worker don't come together by {backend}: {error}") from error
+        self._ranks: Any = distributed.group.WORLD
+        """torch's name of them."""
+
+    def split(self, size: int) -> TorchGroup:
+        """Of each so many ranks that follow each other, a group; ours. All ranks must ask for it."""
+        with ranks_gone():
+            groups = [distributed.new_group(list(range(first, first + size))) for first in range(0, self.size, size)]
+        part = copy.copy(self)
+        part.rank, part.size, part._ranks = self.rank % size, size, groups[self.rank // size]
+        return part
 
     def add_up(self, share: Tensor) -> None:
-        with _ranks_gone():
+        with ranks_gone():
             self._add_up(share)
 
     def _add_up(self, share: Tensor) -> None:
         if self.size == PAIR or share.device.type == "cuda":
-            distributed.all_reduce(share)
+            distributed.all_reduce(share, group=self._ranks)
             return
         # With more ranks, gloo adds in an order that depends on where in the tensor a value is: a row's result would
         # depend on the rows beside it.
         parts = [torch.empty_like(share) for _ in range(self.size)]
-        distributed.all_gather(parts, share)
+        distributed.all_gather(parts, share, group=self._ranks)
         torch.sum(torch.stack(parts), 0, out=share)
 
     def gather(self, columns: Tensor, widths: Sequence[int]) -> Tensor:
         padded = functional.pad(columns, (0, max(widths) - widths[self.rank])).contiguous()
         parts = [torch.empty_like(padded) for _ in widths] if self.rank == 0 else None
-        with _ranks_gone():
-            distributed.gather(padded, parts, dst=0)
+        with ranks_gone():
+            distributed.gather(padded, parts, distributed.get_global_rank(self._ranks, 0), group=self._ranks)
         if parts is None:
             return columns.new_empty(0, sum(widths))
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)
 
 
+def _store(rendezvous: Meeting, size: int) -> Any:
+    """A torch.distributed.Store, which torch does not name for type checkers. Raises `RuntimeError` if rank 0's port
+    can't be reached."""
+    if isinstance(rendezvous, MeetingFile):
+        return distributed.FileStore(rendezvous.path, size)  # type: ignore[attr-defined]
+    listener = rendezvous.listener
+    return distributed.TCPStore(  # type: ignore[attr-defined]
+        rendezvous.host,
+        rendezvous.port,
+        size,
+        is_master=listener is not None,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+
+
+def _interface(rendezvous: Meeting) -> str:
+    """The network interface by which the other ranks reach this one; empty if none has that address, which may be
+    translated on the way: then it is torch's choice."""
+    if isinstance(rendezvous, MeetingFile):
+        return LOOPBACK
+    return interface_of(rendezvous.own_host)
+
+
+def interface_of(host: str) -> str:
+    """Of the address, or name, of this machine; empty if it is none of its own."""
+    try:
+        wanted = {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    except OSError:
+        return ""
+    if any(ipaddress.ip_address(address).is_loopback for address in wanted):
+        return LOOPBACK
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, own in interfaces if any(each.address in wanted for each in own)), "")
+
+
 @contextmanager
-def _ranks_gone() -> Iterator[None]:
+def ranks_gone() -> Iterator[None]:
     """`RankGone` for what torch says when a connection breaks: there is nothing else that can go wrong here."""
     try:
         yield

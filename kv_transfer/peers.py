@@ -59,8 +59,9 @@ class Peers:
         return False
 
     def witnesses(self, process: ProcessIdentity) -> list[PeerHello]:
-        """Connected peers whose host's kernel knows about this process."""
-        return [hello for hello in self._connected.values() if same_view(hello.engine, process)]
+        """Connected peers with a rank on a host whose kernel knows about this process."""
+        hellos = self._connected.values()
+        return [hello for hello in hellos if any(same_view(rank.process, process) for rank in hello.ranks)]
 
     def refuse(self, message: PeerMessage) -> None:
         """Counts a message that is not acted upon."""

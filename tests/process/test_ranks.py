@@ -38,7 +38,7 @@ async def host(tmp_path):
 
 def processes_of(host: EngineHost) -> list[psutil.Process]:
     """In order of their ranks."""
-    return [psutil.Process(rank.process.pid) for rank in host._ranks]
+    return [psutil.Process(rank.pid) for rank in host._ranks]
 
 
 def all_dead(processes: list[psutil.Process]) -> bool:
@@ -57,7 +57,7 @@ async def test_all_ranks_end_when_they_are_asked_to(host):
     assert known == [process.pid for process in processes]
     await host.close()
     assert all_dead(processes)
-    assert [rank.process.returncode for rank in host._ranks] == [0] * RANKS
+    assert [(await rank.end()).well for rank in host._ranks] == [True] * RANKS
 
 
 @pytest.mark.parametrize("rank", range(RANKS))

@@ -6,7 +6,8 @@
     DEAFEN   stops the transfer thread for that time
     DIE      ends the process at once
 
-CRASHES in the environment names a file: while it exists, the process ends when it has loaded, or hangs if it says so.
+CRASHES in the environment names a file: while it exists, the process ends when it has loaded, or hangs if it says so;
+if it names another rank, that one ends.
 """
 
 import os
@@ -93,7 +94,7 @@ def build(context):
     crashes = Path(os.environ["CRASHES"])
     while crashes.exists() and crashes.read_text() == "hang":
         time.sleep(TENTH)
-    if crashes.exists():
+    if crashes.exists() and not crashes.read_text().startswith("rank"):
         raise ConfigError("told to crash")
     ready = EngineReady(
         context.epoch, LAYOUT, ModelCard("toy", 64, 100), 8, b"descriptor", current(), Speed(0.01, 0.001, 16)
@@ -102,9 +103,19 @@ def build(context):
 
 
 def follow(context):
-    """A rank that has nothing to do but to be there."""
+    """A rank that has nothing to do but to be there, and to look after no transfers."""
+    crashes = Path(os.environ["CRASHES"])
+    if crashes.exists() and crashes.read_text() == f"rank {context.rank.number}":
+        raise ConfigError("told to crash")
+    threading.Thread(target=_look_after_nothing, args=(context.board,), daemon=True).start()
     (leader,) = context.rank.steps
     return leader.receive, EngineRank(b"descriptor", current())
+
+
+def _look_after_nothing(board):
+    while True:
+        board.transfers_seen(None)
+        time.sleep(TENTH)
 
 
 if __name__ == "__main__":
