@@ -71,8 +71,10 @@ class GpuDealer:
             self._dealt.pop(name, None)
 
     def variables(self, process: ProcessSpec) -> dict[str, str]:
-        """For the environment of a process."""
-        gpus = self.deal(process)
+        """For the environment of a process. Each host of a worker has its part of the worker's, in order."""
+        gpus = self.deal(process._replace(name=process.worker))
+        share = len(gpus) // process.nodes
+        gpus = gpus[process.node * share : (process.node + 1) * share]
         return {VARIABLE: ",".join(gpus)} if gpus else {}
 
     @property
@@ -100,16 +102,16 @@ class GpuDealer:
             return tuple(self._gpus[number] for number in pool.gpus[index % len(pool.gpus)])
         ranks_on = self._ranks_on()
         by_load = sorted(self._gpus, key=lambda gpu: ranks_on[gpu])
-        return tuple(by_load[: pool.tensor_parallel])
+        return tuple(by_load[: pool.grid.ranks])
 
     def _ranks_on(self) -> Counter[str]:
         return Counter(gpu for gpus in self._dealt.values() for gpu in gpus)
 
     def _check(self, kind: ProcessKind, pool: Prefill | Decode) -> None:
         shown = f"this machine shows {len(self._gpus)}"
-        if pool.replicas and pool.tensor_parallel > len(self._gpus):
-            ranks = pool.tensor_parallel
-            raise ConfigError(f"{kind.value}.tensor_parallel: {ranks} ranks want a GPU each, and {shown}")
+        ranks = pool.grid.ranks
+        if pool.replicas and ranks > len(self._gpus):
+            raise ConfigError(f"{kind.value}: a worker's {ranks} ranks want a GPU each, and {shown}")
         for index, numbers in enumerate(pool.gpus):
             for number in numbers:
                 if number >= len(self._gpus):

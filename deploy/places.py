@@ -14,6 +14,7 @@ from cluster.errors import ConfigError
 from deploy.gpus import GpuDealer, deal_gpus, memory_note, share_memory, visible_gpus
 from deploy.launchers.local import LocalProcesses
 from deploy.launchers.processes import ProcessRunner
+from deploy.launchers.spread import SpreadProcesses
 
 MakeRunner = Callable[[Path, Path], ProcessRunner]
 """From the run directory and the topology's file."""
@@ -47,8 +48,10 @@ def open_place(topology: Topology) -> Iterator[Place]:
         if gpus is not None:
             topology = share_memory(topology, gpus)
             notes = [*gpus.story(), memory_note(topology)]
-        yield Place(topology, partial(_local_processes, gpus), notes)
+        yield Place(topology, partial(_local_processes, topology, gpus), notes)
 
 
-def _local_processes(gpus: GpuDealer | None, directory: Path, topology_file: Path) -> LocalProcesses:
-    return LocalProcesses(directory, ("--topology", str(topology_file)), gpus=gpus)
+def _local_processes(
+    topology: Topology, gpus: GpuDealer | None, directory: Path, topology_file: Path
+) -> SpreadProcesses:
+    return SpreadProcesses(LocalProcesses(directory, ("--topology", str(topology_file)), gpus=gpus), topology)

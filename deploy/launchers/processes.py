@@ -18,6 +18,15 @@ class ProcessSpec(NamedTuple):
     kind: ProcessKind
     module: str
     arguments: tuple[str, ...]
+    node: int = 0
+    """Of a worker whose ranks are on several hosts, which of them it is on; on all but the first its name is that of
+    the worker, a dot, and this."""
+    nodes: int = 1
+
+    @property
+    def worker(self) -> str:
+        """The name of the whole."""
+        return self.name.removesuffix(f".{self.node}") if self.node else self.name
 
 
 class ProcessExit(NamedTuple):

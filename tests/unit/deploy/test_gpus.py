@@ -59,7 +59,7 @@ def test_what_the_topology_says_is_done_and_others_keep_away_from_it():
     ("pools", "gpus", "message"),
     [
         ({}, [], "model.device: cuda, and this machine shows no NVIDIA GPU"),
-        ({"decode": Decode(tensor_parallel=2)}, ["0"], "decode.tensor_parallel: 2 ranks want a GPU each, .* shows 1"),
+        ({"decode": Decode(tensor_parallel=2)}, ["0"], "decode: a worker's 2 ranks want a GPU each, .* shows 1"),
         ({"prefill": Prefill(gpus=[[2]])}, ["0", "1"], r"prefill.gpus\[0\]: there is no GPU 2: .* shows 2, counted"),
     ],
 )
