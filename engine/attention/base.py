@@ -37,6 +37,14 @@ class StepAttention(Protocol):
         """
 
 
+class FixedAttention(StepAttention, Protocol):
+    """Attention of steps of a fixed number of sequences, with one token each, whose kernels a graph may keep: they find
+    what a step is about in memory that stays. Its `attend` is called to capture them, and for no step itself."""
+
+    def place(self, spans: Sequence[Span]) -> None:
+        """What the kernels compute when they run next. Neither waits for the device nor disturbs what it is at."""
+
+
 class AttentionBackend(Protocol):
     """Made over one `KVCache` by `engine.torch_decoder`."""
 
@@ -45,3 +53,6 @@ class AttentionBackend(Protocol):
 
     def plan(self, spans: Sequence[Span], rows: int) -> StepAttention:
         """Prepares a step of so many rows: those of `spans`, in order, and padding behind them."""
+
+    def fixed(self, sequences: int, context: int) -> FixedAttention | None:
+        """For so many sequences of up to `context` tokens; after `warm_up`. None: there are no such kernels."""

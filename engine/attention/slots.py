@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import Span
+from engine.transit import to_device
 
 Integers = npt.NDArray[np.int64]
 
@@ -25,7 +26,7 @@ class Slots(NamedTuple):
     def of(cls, spans: Sequence[Span], page_size: int, device: torch.device) -> Slots:
         positions = np.concatenate([np.arange(span.start, span.stop) for span in spans])
         pages = np.concatenate([_repeat_pages(span, page_size) for span in spans])
-        return cls(torch.from_numpy(pages).to(device), torch.from_numpy(positions % page_size).to(device))
+        return cls(*to_device(torch.from_numpy(np.stack((pages, positions % page_size))), device))
 
     def write(self, keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> None:
         """`key` and `value` [rows, kv_heads, head_dim] into a layer's [pages, page_size, kv_heads, head_dim]."""

@@ -89,6 +89,9 @@ class TorchPagedAttention:
                 for layer in layers:
                     step.attend(layer, query, key, key)
 
+    def fixed(self, sequences: int, context: int) -> None:
+        """Its groups have the sizes of the sequences in them: no two steps are alike."""
+
     def plan(self, spans: Sequence[Span], rows: int) -> TorchStepAttention:
         page_size = self._cache.layout.page_size
         begun = [
