@@ -11,25 +11,55 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from cluster.config import Kernels
 from engine.attention.base import Span
 from engine.kv_cache import KVCache
+from engine.transit import to_device
 
 Integers = npt.NDArray[np.int64]
+
+
+class Unread(NamedTuple):
+    """Tokens that the step before has sampled and the host has not read."""
+
+    tokens: Tensor
+    """int64, of the step before, where they were sampled."""
+    sources: Integers
+    """Of each row of this step: which of `tokens` is its own; -1: none, the host knows it."""
+
+    def at(self, rows: Integers) -> Unread:
+        """Of these rows only."""
+        return Unread(self.tokens, self.sources[rows])
+
+    def put_into(self, tokens: Tensor) -> Tensor:
+        """`tokens`, of which the first rows are `sources`', with these in their places."""
+        sources = to_device(torch.from_numpy(self.sources), tokens.device)
+        known = tokens[: len(sources)]
+        known.copy_(torch.where(sources < 0, known, self.tokens.index_select(0, sources.clamp_min(0))))
+        return tokens
 
 
 class Step(NamedTuple):
     """The tokens of all sequences of a step, as rows: those of `spans`, in order."""
 
     tokens: Integers
-    """[rows]"""
+    """[rows]; 0 where it is `unread`."""
     positions: Integers
     """[rows]"""
     spans: list[Span]
     sampled: Integers
     """The rows whose logits are wanted."""
+    unread: Unread | None = None
+
+    def read(self) -> Step:
+        """The same, and nothing unread: for who computes on the host. Waits for the step before."""
+        if self.unread is None:
+            return self
+        tokens = self.unread.put_into(torch.from_numpy(self.tokens).to(self.unread.tokens.device))
+        return self._replace(tokens=tokens.cpu().numpy(), unread=None)
 
 
 class Decoder(Protocol):
@@ -45,6 +75,7 @@ class Decoder(Protocol):
 
         The logits' memory is used again by the next step. `between_layers` is called after each layer: a long prompt's
         step takes a good part of a second. It may call this for another step, whose logits are used before it returns.
+        Where a device computes a step from one command, in milliseconds, it is called once, after that.
         """
 
     def use(self, cache: KVCache) -> None:

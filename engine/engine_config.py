@@ -18,10 +18,12 @@ from cluster.config import (
     Prefill,
     PrefillScheduling,
     SchedulingPolicy,
+    Switch,
     Topology,
     WeightsFrom,
 )
 from cluster.model_files import resolve_model
+from cluster.shards import Grid
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +50,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Of torch's operators and the native kernels, on CPU."""
     kernels: Kernels = Kernels.AUTO
     attention: Attention = Attention.AUTO
+    graphs: Switch = Switch.NEVER
+    compile: bool = False
     device: Device = Device.CPU
+    grid: Grid = Grid()
+    """Of the worker's ranks."""
     # What these mean stands in `cluster.config`: they are the scheduling sections of both pools.
     policy: SchedulingPolicy = SchedulingPolicy.FIRST_COME
     ageing_seconds: float = 10.0
@@ -57,6 +63,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefill_delay_seconds: float = 0.0
     retract_every_steps: int = 0
     fill_steps: bool = True
+    ahead: Switch = Switch.NEVER
 
     @classmethod
     def from_topology(cls, topology: Topology, pool: Prefill | Decode, *, threads: int) -> EngineConfig:
@@ -77,7 +84,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             threads=threads,
             kernels=topology.model.kernels,
             attention=topology.model.attention,
+            # Prefill's steps are of all sizes, and few.
+            graphs=topology.model.graphs if isinstance(pool, Decode) else Switch.NEVER,
+            compile=topology.model.compile,
             device=topology.model.device,
+            grid=pool.grid,
             **_scheduling(pool.scheduling, unified=topology.unified),
         )
 

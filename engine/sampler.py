@@ -4,6 +4,10 @@ A row's result depends on its own logits, settings, seed and position only. Each
 threshold on the row's own probabilities: what ties with the threshold stays. The choice is the inverse of the
 cumulative distribution in the order of the vocabulary, not of the probabilities, so that two nearly equal tokens that
 change places don't change what is drawn.
+
+`draw` leaves the tokens on the device that has the logits, and waits for nothing there: who asks a GPU for a number
+gets it when all before is done. `Drawn.read` waits. (flashinfer's samplers would be faster; but their noise depends on
+a row's place in the batch, and ours may not.)
 """
 
 from __future__ import annotations
@@ -11,17 +15,22 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.messages import Logprobs, Sampling
+from engine.decoder import Unread
 from engine.noise import uniform
 from engine.sequence import Sequence
+from engine.transit import ToHost, to_device
 
 NUCLEUS_WIDTHS = (64, 1024)
 """How many of the most likely tokens are sorted, until their mass reaches top-p; after these, all."""
 ROWS_AT_ONCE = 8
-"""Rows that are drawn together: their float64 temporaries stay in the cache."""
+"""Rows that a CPU draws together: their float64 temporaries stay in the cache."""
+ROWS_AT_ONCE_ON_DEVICE = 64
+"""Rows that a GPU does: their temporaries take some hundred megabytes, with the largest vocabularies."""
 
 LEAST_TEMPERATURE = 1e-6
 """Below it a row is greedy: logits a thousandth apart are e^1000 apart in odds, and float32 soon divides by zero."""
@@ -32,37 +41,64 @@ class Choice(NamedTuple):
     logprobs: Logprobs | None
 
 
+class Drawn:
+    """The next token of each sequence of a step, and what is to be told of it."""
+
+    def __init__(self, tokens: Tensor, reported: list[int], counts: list[int], report: list[Tensor]) -> None:
+        """`report`, see `_report`, is of the rows `reported`, each of which is told its `counts` best."""
+        self.tokens = tokens
+        """int64 [rows], where they were drawn."""
+        self._reported = reported
+        self._counts = counts
+        self._on_the_way = ToHost([tokens, *report], tokens.device)
+
+    def read(self) -> list[Choice]:
+        """On the host; waits for all that its device was asked for before they were drawn."""
+        tokens, *report = (tensor.tolist() for tensor in self._on_the_way.read())
+        logprobs: list[Logprobs | None] = [None] * len(tokens)
+        if self._reported:
+            for row, count, chosen, ids, values in zip(self._reported, self._counts, *report, strict=True):
+                logprobs[row] = Logprobs(chosen, list(zip(ids[:count], values[:count], strict=True)))
+        return [Choice(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
+
+
 def choose(logits: Tensor, sequences: Rows[Sequence]) -> list[Choice]:
-    """The next token of each sequence. `logits` is float32 [len(sequences), vocabulary]; its contents are used up."""
+    """`draw`, and at once `read`."""
+    return draw(logits, sequences).read()
+
+
+def draw(logits: Tensor, sequences: Rows[Sequence], unread: Unread | None = None) -> Drawn:
+    """The next token of each sequence. `logits` is float32 [len(sequences), vocabulary]; its contents are used up.
+    `unread`: the last tokens of those that have an unread one."""
     samplings = [sequence.sampling for sequence in sequences]
-    wanted = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
-    log_probabilities = torch.log_softmax(logits[wanted], -1) if wanted else None
-    _penalize(logits, sequences)
+    reported = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
+    log_probabilities = torch.log_softmax(_rows(logits, reported), -1) if reported else None
+    _penalize(logits, sequences, unread)
     # One call for all rows: greedy rows are done, and a hot row's is overwritten.
-    tokens = logits.argmax(-1).tolist()
+    tokens = logits.argmax(-1)
     hot = [row for row, sampling in enumerate(samplings) if sampling.temperature >= LEAST_TEMPERATURE]
-    for begin in range(0, len(hot), ROWS_AT_ONCE):
-        rows = hot[begin : begin + ROWS_AT_ONCE]
-        for row, token in zip(rows, _draw(logits[rows], [sequences[row] for row in rows]), strict=True):
-            tokens[row] = token
-    logprobs: list[Logprobs | None] = [None] * len(tokens)
-    if log_probabilities is not None:
-        counts = [samplings[row].logprobs or 0 for row in wanted]
-        for row, report in zip(
-            wanted, _report(log_probabilities, [tokens[row] for row in wanted], counts), strict=True
-        ):
-            logprobs[row] = report
-    return [Choice(token, report) for token, report in zip(tokens, logprobs, strict=True)]
+    together = ROWS_AT_ONCE if logits.device.type == "cpu" else ROWS_AT_ONCE_ON_DEVICE
+    for begin in range(0, len(hot), together):
+        rows = hot[begin : begin + together]
+        tokens.index_copy_(0, _index(rows, logits), _draw(_rows(logits, rows), [sequences[row] for row in rows]))
+    counts = [samplings[row].logprobs or 0 for row in reported]
+    report = [] if log_probabilities is None else _report(log_probabilities, _rows(tokens, reported), max(counts))
+    return Drawn(tokens, reported, counts, report)
 
 
-def _penalize(logits: Tensor, sequences: Rows[Sequence]) -> None:
+def _penalize(logits: Tensor, sequences: Rows[Sequence], unread: Unread | None) -> None:
     """Lowers, in place, the logits of tokens of the output so far: by presence, and by frequency times their number."""
     rows = [
         row
         for row, sequence in enumerate(sequences)
-        if sequence.output and (sequence.sampling.presence_penalty or sequence.sampling.frequency_penalty)
+        if (sequence.output or sequence.unread)
+        and (sequence.sampling.presence_penalty or sequence.sampling.frequency_penalty)
     ]
     if not rows:
+        return
+    penalized = [sequences[row] for row in rows]
+    if unread is not None and any(sequence.unread for sequence in penalized):
+        logits.index_add_(0, _index(rows, logits), _penalties(logits, penalized, unread.at(np.array(rows))), alpha=-1)
         return
     vocabulary = logits.shape[-1]
     output = torch.cat([torch.tensor(sequences[row].output) + row * vocabulary for row in rows])
@@ -73,10 +109,24 @@ def _penalize(logits: Tensor, sequences: Rows[Sequence]) -> None:
         presence[row] = sequences[row].sampling.presence_penalty
         frequency[row] = sequences[row].sampling.frequency_penalty
     penalty = presence[flat // vocabulary] + frequency[flat // vocabulary] * times
-    logits.view(-1).index_add_(0, flat.to(logits.device), penalty.to(logits.device), alpha=-1)
+    logits.view(-1).index_add_(0, to_device(flat, logits.device), to_device(penalty, logits.device), alpha=-1)
 
 
-def _draw(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
+def _penalties(logits: Tensor, sequences: Rows[Sequence], unread: Unread) -> Tensor:
+    """Of all tokens, [len(sequences), vocabulary]: the same numbers, where the last token is the device's alone."""
+    vocabulary = logits.shape[-1]
+    counts = logits.new_zeros(len(sequences), vocabulary)
+    known = [torch.tensor(one.output, dtype=torch.int64) + row * vocabulary for row, one in enumerate(sequences)]
+    flat = to_device(torch.cat(known), logits.device)
+    counts.view(-1).index_add_(0, flat, counts.new_ones(1).expand(len(flat)))
+    last = unread.put_into(torch.zeros(len(sequences), dtype=torch.int64, device=logits.device))
+    counts.scatter_add_(1, last[:, None], _column(counts, [float(one.unread) for one in sequences]))
+    presence = _column(counts, [one.sampling.presence_penalty for one in sequences])
+    frequency = _column(counts, [one.sampling.frequency_penalty for one in sequences])
+    return torch.where(counts > 0, presence + frequency * counts, 0.0)
+
+
+def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     """Tokens of rows with a temperature of at least `LEAST_TEMPERATURE`."""
     samplings = [sequence.sampling for sequence in sequences]
     # Shifted first: a tiny temperature must not overflow the best logit.
@@ -87,9 +137,8 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> list[int]:
         probabilities = torch.where(probabilities >= threshold, probabilities, 0.0)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     noise = uniform([s.sampling.seed for s in sequences], [s.length for s in sequences])
-    target = torch.from_numpy(noise).to(logits.device)[:, None] * cumulative[:, -1:]
-    tokens: list[int] = torch.searchsorted(cumulative, target, right=True)[:, 0].tolist()
-    return tokens
+    target = to_device(torch.from_numpy(noise), logits.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
 def _threshold(probabilities: Tensor, samplings: Rows[Sampling]) -> Tensor | None:
@@ -110,7 +159,7 @@ def _top_k(probabilities: Tensor, samplings: Rows[Sampling]) -> Tensor:
     vocabulary = probabilities.shape[-1]
     ranks = [min(sampling.top_k, vocabulary) for sampling in samplings]
     best = probabilities.topk(max(ranks), -1).values
-    chosen = best.gather(-1, torch.tensor([[max(rank - 1, 0)] for rank in ranks], device=best.device))
+    chosen = best.gather(-1, _index([max(rank - 1, 0) for rank in ranks], best)[:, None])
     return chosen * _column(best, [float(rank > 0) for rank in ranks])
 
 
@@ -121,34 +170,55 @@ def _top_p(probabilities: Tensor, samplings: Rows[Sampling], floor: Tensor | Non
     """
     bound = torch.zeros_like(probabilities[:, :1])
     left = [row for row, sampling in enumerate(samplings) if sampling.top_p < 1]
-    for width in (*NUCLEUS_WIDTHS, probabilities.shape[-1]):
+    # Whether a few were enough, only a CPU can be asked.
+    widths = NUCLEUS_WIDTHS if probabilities.device.type == "cpu" else ()
+    for width in (*widths, probabilities.shape[-1]):
+        index = _index(left, probabilities)
+        rows = probabilities.index_select(0, index)
+        if floor is not None:
+            rows = torch.where(rows >= floor.index_select(0, index), rows, 0.0)
+        share = _column(rows, [samplings[row].top_p for row in left]).double()
+        least, ended = _nucleus(rows, share, min(width, rows.shape[-1]))
+        bound.index_copy_(0, index, least)
+        if width == probabilities.shape[-1]:
+            break
+        left = [row for row, done in zip(left, ended.tolist(), strict=True) if not done]
         if not left:
             break
-        rows = probabilities[left]
-        if floor is not None:
-            rows = torch.where(rows >= floor[left], rows, 0.0)
-        best = rows.topk(min(width, rows.shape[-1]), -1).values
-        share = _column(rows, [samplings[row].top_p for row in left]).double()
-        before = best.cumsum(-1, dtype=torch.float64) - best
-        inside = before < share * rows.sum(-1, keepdim=True, dtype=torch.float64)
-        # The nucleus ends within these if a token of them is outside; the first token is always inside.
-        last = inside.sum(-1, keepdim=True).clamp_min(1) - 1
-        bound[left] = best.gather(-1, last)
-        ended = (~inside[:, -1]).tolist()
-        left = [row for row, done in zip(left, ended, strict=True) if not done]
     return bound
 
 
-def _report(log_probabilities: Tensor, tokens: list[int], counts: list[int]) -> list[Logprobs]:
-    chosen = log_probabilities.gather(-1, torch.tensor(tokens, device=log_probabilities.device)[:, None])[:, 0].tolist()
-    best = log_probabilities.topk(min(max(counts), log_probabilities.shape[-1]), -1)
-    values, ids = best.values.tolist(), best.indices.tolist()
-    return [
-        Logprobs(chosen[row], list(zip(ids[row][:count], values[row][:count], strict=True)))
-        for row, count in enumerate(counts)
-    ]
+def _nucleus(probabilities: Tensor, share: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Of each row, the least probability [rows, 1] of its nucleus, looked for among the `width` most likely tokens, and
+    whether it ends within them."""
+    if width < probabilities.shape[-1]:
+        best = probabilities.topk(width, -1).values
+    else:
+        best = probabilities.sort(-1, descending=True).values
+    before = best.cumsum(-1, dtype=torch.float64) - best
+    inside = before < share * probabilities.sum(-1, keepdim=True, dtype=torch.float64)
+    # It ends within these if a token of them is outside; the first token is always inside.
+    last = inside.sum(-1, keepdim=True).clamp_min(1) - 1
+    return best.gather(-1, last), ~inside[:, -1]
+
+
+def _report(log_probabilities: Tensor, tokens: Tensor, count: int) -> list[Tensor]:
+    """Of each row, the log probability of its token, and of its `count` best the ids and the values."""
+    chosen = log_probabilities.gather(-1, tokens[:, None])[:, 0]
+    best = log_probabilities.topk(min(count, log_probabilities.shape[-1]), -1)
+    return [chosen, best.indices, best.values]
+
+
+def _rows(values: Tensor, rows: list[int]) -> Tensor:
+    """A copy of these rows."""
+    return values.index_select(0, _index(rows, values))
+
+
+def _index(rows: list[int], like: Tensor) -> Tensor:
+    """int64 [len(rows)], on `like`'s device."""
+    return to_device(torch.tensor(rows, dtype=torch.int64), like.device)
 
 
 def _column(like: Tensor, values: list[float]) -> Tensor:
     """[rows, 1], of `like`'s dtype and device."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    return to_device(torch.tensor(values, dtype=like.dtype), like.device)[:, None]

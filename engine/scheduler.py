@@ -53,6 +53,20 @@ class StepPlan(NamedTuple):
         """The sequences that get a token, in the order of their chunks."""
         return [chunk.sequence for chunk in self.chunks if chunk.samples]
 
+    def without(self, key: Fence) -> StepPlan:
+        """The same step for all but this sequence."""
+        return StepPlan(
+            [chunk for chunk in self.chunks if chunk.sequence.key != key],
+            [sequence for sequence in self.started if sequence.key != key],
+        )
+
+
+class Taken(NamedTuple):
+    """A token that a sequence got: number `offset` of its output; `finished` if it is the last."""
+
+    offset: int
+    finished: FinishReason | None
+
 
 class Lease(NamedTuple):
     """Pages for the KV of a sequence's tokens from `skip_tokens` on, in order; that of those before is here."""
@@ -63,7 +77,16 @@ class Lease(NamedTuple):
 
 class Scheduler:
     """Holds each sequence from `submit` until it finishes, is retracted or is cancelled. Allocates pages, never frees
-    them: whoever hears that a sequence has left releases them. `retract` before `plan`, until it gives None."""
+    them: whoever hears that a sequence has left releases them. `retract` before `plan`, until it gives None.
+
+    A step is planned, `launched` and, with its tokens, `commit`ted. Another may be planned and launched in between: it
+    has the tokens of this one where they are computed, and pages for them. Of a sequence that this one turns out to
+    end, by a stop token, it computes one token too many, which `commit` drops.
+
+    With `steps_at_once` above 1, so many are under way at the same time, and the tokens of none are known anywhere
+    before its commit: until then a sequence that gets one is in no other step. Those that decode are divided among the
+    steps, so that there is always one for each.
+    """
 
     def __init__(
         self,
@@ -75,8 +98,10 @@ class Scheduler:
         pacing: Pacing,
         commitments: Commitments,
         retract_every_steps: int = 0,
+        steps_at_once: int = 1,
     ) -> None:
         """`retract_every_steps`: for tests, see `cluster.config.DecodeScheduling`."""
+        self._steps_at_once = steps_at_once
         self._ledger = ledger
         self._prefixes = prefixes
         self._page_size = page_size
@@ -134,15 +159,20 @@ class Scheduler:
     def retract(self) -> Sequence | None:
         """Takes out one sequence whose pages the others need for their next tokens, the youngest first; None if all
         have what they need. Its pages stay its own: release them, and ask again."""
-        wanted = sum(self._lacking(sequence) for key, sequence in self._growing.items() if key in self._running)
-        if wanted > self._prefixes.available:
+        if self._short_of_pages:
             victim = next(reversed(self._growing.values()))
         elif (forced := self._forced_victim()) is not None:
             victim = forced
+            self._to_forced_retraction = self._retract_every_steps
         else:
             return None
         self._leave(victim, cut_off=True)
         return victim
+
+    @property
+    def must_retract(self) -> bool:
+        """Whether `retract` would take somebody out."""
+        return self._short_of_pages or self._forced_victim() is not None
 
     def plan(self, now: float = 0.0) -> StepPlan | None:
         """Admits what fits and says what to compute now; None if there is nothing. `now` is of `Sequence.arrived`'s
@@ -152,10 +182,13 @@ class Scheduler:
             self._admit(self._waiting, now)
         decodes: list[Chunk] = []
         prompts: list[Sequence] = []
+        most = self._most_decodes()
         for sequence in self._running.values():
+            if sequence.at_limit or not sequence.pending:
+                continue
             if sequence.pending > 1:
                 prompts.append(sequence)
-            elif self._grow(sequence):
+            elif len(decodes) < most and self._grow(sequence):
                 decodes.append(Chunk(sequence, sequence.computed, sequence.length))
         chunks = decodes + self._prefills(prompts, len(decodes), now)
         if not chunks:
@@ -177,17 +210,28 @@ class Scheduler:
             budget -= sequence.pending
         return StepPlan(chunks, [chunk.sequence for chunk in chunks]) if chunks else None
 
-    def commit(self, plan: StepPlan, tokens: Iterable[int]) -> list[FinishReason | None]:
-        """Takes the tokens of `plan.sampling`; says for each whether its sequence has finished, and so has left."""
-        sampling = plan.sampling
+    def launched(self, plan: StepPlan) -> None:
+        """The step is under way: from now on its chunks count as computed, and the tokens it samples as unread."""
         for chunk in plan.chunks:
-            prefills = chunk.prefills
-            chunk.sequence.computed = chunk.stop
+            sequence, prefills, samples = chunk.sequence, chunk.prefills, chunk.samples
+            sequence.computed = chunk.stop
+            if samples and self._steps_at_once == 1:
+                sequence.unread += 1
             if prefills:
-                self._keep_prefix(chunk.sequence)
+                self._keep_prefix(sequence)
         self._unstarted.difference_update(sequence.key for sequence in plan.started)
+
+    def commit(self, sequences: Iterable[Sequence], tokens: Iterable[int]) -> list[Taken | None]:
+        """Takes the tokens of a step that was launched, for its `sampling` sequences; None for one that has left."""
         self._to_forced_retraction -= 1
-        return [self._append(sequence, token) for sequence, token in zip(sampling, tokens, strict=True)]
+        return [
+            self._append(sequence, token) if self.has(sequence) else None
+            for sequence, token in zip(sequences, tokens, strict=True)
+        ]
+
+    def has(self, sequence: Sequence) -> bool:
+        """Whether it has entered, and not left."""
+        return sequence.key in self._running
 
     # --- for whoever queues sequences before they are submitted ------------------------------------------------------
 
@@ -285,6 +329,13 @@ class Scheduler:
         """Pages for those who enter: one stays for each sequence that may outgrow its own."""
         return self._prefixes.available - len(self._growing)
 
+    def _most_decodes(self) -> int:
+        """Of a step, so that there are some for each of those that are under way at the same time."""
+        if self._steps_at_once == 1:
+            return len(self._running)
+        decoding = sum(sequence.computed >= sequence.prefill_end - 1 for sequence in self._running.values())
+        return -(-decoding // self._steps_at_once)
+
     def _prefills(self, prompts: list[Sequence], decodes: int, now: float) -> list[Chunk]:
         ordered = self._ordered(prompts, now) if len(prompts) > 1 else prompts
         counts = self._pacing.share((sequence.pending for sequence in ordered), decodes)
@@ -314,18 +365,16 @@ class Scheduler:
         """The youngest that decodes: each of its attempts has given a token by then, so it gets through."""
         if not self._retract_every_steps or self._to_forced_retraction > 0:
             return None
-        decoding = (one for one in reversed(self._running.values()) if one.computed >= one.prefill_end)
-        victim = next(decoding, None)
-        if victim is not None:
-            self._to_forced_retraction = self._retract_every_steps
-        return victim
+        return next((one for one in reversed(self._running.values()) if one.computed >= one.prefill_end), None)
 
     def _keep_prefix(self, sequence: Sequence) -> None:
         """What it has computed may serve others from now on."""
         self._prefixes.insert(sequence.key, _owner(sequence), sequence.tokens(0, sequence.computed), sequence.pages)
 
-    def _append(self, sequence: Sequence, token: int) -> FinishReason | None:
+    def _append(self, sequence: Sequence, token: int) -> Taken:
+        offset = len(sequence.output)
         sequence.output.append(token)
+        sequence.unread = max(0, sequence.unread - 1)
         reason = None
         if token in sequence.sampling.stop_token_ids:
             reason = FinishReason.STOP
@@ -333,7 +382,7 @@ class Scheduler:
             reason = FinishReason.LENGTH
         if reason is not None:
             self._leave(sequence, cut_off=reason is FinishReason.LENGTH)
-        return reason
+        return Taken(offset, reason)
 
     def _leave(self, sequence: Sequence, *, cut_off: bool) -> None:
         key = sequence.key
@@ -344,9 +393,14 @@ class Scheduler:
         self._unstarted.discard(key)
         self._commitments.ended(len(sequence.output), cut_off=cut_off)
 
+    @property
+    def _short_of_pages(self) -> bool:
+        wanted = sum(self._lacking(sequence) for key, sequence in self._growing.items() if key in self._running)
+        return wanted > self._prefixes.available
+
     def _lacking(self, sequence: Sequence) -> int:
         """Pages that it needs for the tokens it has, and does not have."""
-        missing = sequence.length - len(sequence.pages) * self._page_size
+        missing = min(sequence.length, sequence.capacity) - len(sequence.pages) * self._page_size
         return self._pages_for(missing) if missing > 0 else 0
 
     def _pages_for(self, tokens: int) -> int:

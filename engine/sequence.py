@@ -16,11 +16,14 @@ class Sequence:
 
     `output` may begin with tokens of earlier attempts; `sampling.max_tokens` counts them too. `arrived` is when it
     began to wait, in seconds of the clock that the scheduler is asked by.
+
+    Where steps are planned ahead, there may be tokens at its end that are being computed and that nobody has read:
+    `unread` of them, which count in `length` and `pending`, and are not in `output`.
     """
 
     __slots__ = (
         "_chain", "arrived", "attempt", "cached", "computed", "key", "output", "pages", "prefill_end", "priority",
-        "prompt", "sampling",
+        "prompt", "sampling", "unread",
     )  # fmt: skip
 
     def __init__(
@@ -39,6 +42,7 @@ class Sequence:
         self.prompt = prompt
         self.sampling = sampling
         self.output = output
+        self.unread = 0
         self.computed = computed
         self.arrived = arrived
         self.priority = priority
@@ -56,7 +60,7 @@ class Sequence:
     @property
     def length(self) -> int:
         """Tokens so far; the position of the next one."""
-        return len(self.prompt) + len(self.output)
+        return len(self.prompt) + len(self.output) + self.unread
 
     @property
     def pending(self) -> int:
@@ -69,12 +73,17 @@ class Sequence:
         return len(self.prompt) + self.sampling.max_tokens - 1
 
     @property
+    def at_limit(self) -> bool:
+        """Whether it has all the tokens that it may have, be they read or not: there is no step left for it."""
+        return len(self.output) + self.unread >= self.sampling.max_tokens
+
+    @property
     def interrupted(self) -> bool:
         """Whether an earlier attempt at this request was given up."""
         return self.attempt > 1
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """The tokens at positions [start, stop)."""
+        """The tokens at positions [start, stop), but for unread ones."""
         split = len(self.prompt)
         if start >= split:
             return self.output[start - split : stop - split]

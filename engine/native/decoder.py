@@ -1,7 +1,8 @@
 """The decoder in C++ kernels: one call per layer, buffers that are kept, no padding.
 
-As one rank of several it has a part of the weights; a layer is two calls, after each of which the ranks add up what
-they have (`engine.shard`).
+As one rank of several it has a part of the weights. With a shard of the layers, a layer is two calls, after each of
+which the ranks add up what they have (`engine.shard`); with some of the layers only, it takes hidden states from the
+stage before and gives them to the next (`engine.stage`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from engine.native.packing import WORD_BYTES, packed, packed_bytes, packed_pairs
 from engine.profiling import traced
 from engine.rope import RotaryEmbedding
 from engine.shard import Shard
+from engine.stage import Stage
 from engine.weights.base import Weights
 from engine.weights.layers import LayerWeights, read_layer
 
@@ -40,9 +42,15 @@ class NativeDecoder:
     kernels = Kernels.NATIVE
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, cache: KVCache, threads: int, shard: Shard | None = None
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        cache: KVCache,
+        threads: int,
+        shard: Shard | None = None,
+        stage: Stage | None = None,
     ) -> None:
-        """With a `shard`, config, weights and cache are of this rank's part."""
+        """With a `shard` or a `stage`, config, weights and cache are of this rank's part."""
         _require_supported(config, cache)
         library = load()
         dtype = cache.pool.dtype
@@ -52,6 +60,7 @@ class NativeDecoder:
         self._compute_logits = library[f"baton_logits_{name}"]
         self._config = config
         self._shard = shard
+        self._stage = stage
         self._cache = cache
         self._kept: list[Tensor] = []
         """What the pointers point to."""
@@ -59,8 +68,13 @@ class NativeDecoder:
         def read(name: str) -> Tensor:
             return weights.read(name).to(dtype)
 
-        self._embedding = read("model.embed_tokens.weight")
-        self._weights = Arena(_weight_bytes(config, len(self._embedding), dtype.itemsize))
+        self._embedding = torch.empty(0, config.hidden_size, dtype=dtype)
+        if stage is None or stage.reads_embedding:
+            self._embedding = read("model.embed_tokens.weight")
+        head = "model.embed_tokens.weight" if config.tied_embeddings else "lm_head.weight"
+        self._vocabulary = weights.shapes()[head][0] if stage is None or stage.last else 0
+        """Rows of the head that are here."""
+        self._weights = Arena(_weight_bytes(config, self._vocabulary, dtype.itemsize))
         self._pointers = [self._layer(read_layer(config, read, layer), layer) for layer in range(config.layers)]
         self._layers = [ctypes.byref(layer) for layer in self._pointers]
         self._rope = RotaryEmbedding(config.rope, config.head_dim, cache.pool.device)
@@ -74,13 +88,15 @@ class NativeDecoder:
             epsilon=config.norm_epsilon,
             scale=config.head_dim**-0.5,
         )
-        self._head = HeadPointers(
-            inputs=config.hidden_size,
-            outputs=len(self._embedding),
-            epsilon=config.norm_epsilon,
-            norm=self._keep(read("model.norm.weight")),
-            packed=self._weights.place(packed(self._embedding if config.tied_embeddings else read("lm_head.weight"))),
-        )
+        self._head = None
+        if self._vocabulary:
+            self._head = HeadPointers(
+                inputs=config.hidden_size,
+                outputs=self._vocabulary,
+                epsilon=config.norm_epsilon,
+                norm=self._keep(read("model.norm.weight")),
+                packed=self._weights.place(packed(self._embedding if config.tied_embeddings else read(head))),
+            )
         self.weight_bytes = self._embedding.nbytes + self._weights.used + sum(kept.nbytes for kept in self._kept)
         self._team = _make_team(library, threads)
         weakref.finalize(self, library.baton_team_destroy, self._team)
@@ -89,12 +105,13 @@ class NativeDecoder:
         self._depth = 0
         """Steps that are being computed."""
         self._sampled = self._embedding.new_empty(0, config.hidden_size)
-        self._logits = torch.empty(0, len(self._embedding))
+        self._logits = torch.empty(0, self._vocabulary)
 
     def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
+        step = step.read()
         space = self._space(self._depth)
         hidden, share = space.rows(len(step.tokens))
-        self._embed(torch.from_numpy(step.tokens), hidden)
+        self._enter(step, hidden)
         placed = self._place(step, space.pointers)
         shape, arguments = ctypes.byref(self._shape), ctypes.byref(space.pointers)
         self._depth += 1
@@ -109,6 +126,9 @@ class NativeDecoder:
         finally:
             self._depth -= 1
         del placed
+        if self._stage is not None and not self._stage.last:
+            self._stage.leave(hidden)
+            return torch.empty(0, self._config.vocab_size)
         with traced("native logits"):
             return self._logits_of(hidden, step)
 
@@ -127,8 +147,12 @@ class NativeDecoder:
             self._spaces.append(_WorkSpace(self._config, self._cache, shares=self._shard is not None))
         return self._spaces[depth]
 
-    def _embed(self, tokens: Tensor, hidden: Tensor) -> None:
-        if self._shard is None:
+    def _enter(self, step: Step, hidden: Tensor) -> None:
+        """Makes `hidden` what the first of our layers reads."""
+        tokens = torch.from_numpy(step.tokens)
+        if self._stage is not None and not self._stage.first:
+            self._stage.enter(hidden)
+        elif self._shard is None:
             torch.index_select(self._embedding, 0, tokens, out=hidden)
         else:
             hidden.copy_(self._shard.embed(self._embedding, tokens))
@@ -155,7 +179,7 @@ class NativeDecoder:
 
     def _logits_of(self, hidden: Tensor, step: Step) -> Tensor:
         sampled, logits = self._sampling_space(len(step.sampled))
-        if len(step.sampled) == 0:
+        if len(step.sampled) == 0 or self._head is None:
             return logits.new_empty(0, self._config.vocab_size)
         torch.index_select(hidden, 0, torch.from_numpy(step.sampled), out=sampled)
         self._head.rows = len(step.sampled)
@@ -166,7 +190,7 @@ class NativeDecoder:
     def _sampling_space(self, rows: int) -> tuple[Tensor, Tensor]:
         if rows > len(self._logits):
             self._sampled = self._embedding.new_empty(rows, self._config.hidden_size)
-            self._logits = torch.empty(rows, len(self._embedding))
+            self._logits = torch.empty(rows, self._vocabulary)
         return self._sampled[:rows], self._logits[:rows]
 
     def _keep(self, tensor: Tensor | None) -> int | None:

@@ -21,6 +21,7 @@ from cluster.config import (
     Prefill,
     Router,
     Security,
+    Switch,
     Topology,
 )
 from cluster.engine_messages import FromPeer
@@ -65,9 +66,11 @@ class Shape:
     """Each of them takes most of a pool."""
     long_answers: bool
     """Each of them takes a while."""
+    ahead: bool
+    """Decode steps are launched before the one before them has been read."""
 
     @classmethod
-    def of(cls, random: Random, place: str) -> Shape:
+    def of(cls, random: Random, place: str, *, ahead: bool) -> Shape:
         """`place` is where the first fault is to strike; it says what the cluster must be like to get there."""
         split = [(2, 2), (2, 2), (2, 2), (1, 1), (1, 2), (2, 1)]
         prefill, decode = POOLS.get(place) or random.choice(split)
@@ -83,6 +86,7 @@ class Shape:
             break_even=not crowded and random.random() < 0.1,
             long_prompts=crowded,
             long_answers=place in POOLS,
+            ahead=ahead,
         )
 
     def topology(self) -> Topology:
@@ -101,7 +105,9 @@ class Shape:
                 replicas=self.decode,
                 chunk_tokens=8,
                 max_running=4,
-                scheduling=DecodeScheduling(retract_every_steps=self.retract_every_steps),
+                scheduling=DecodeScheduling(
+                    ahead=Switch.ALWAYS if self.ahead else Switch.NEVER, retract_every_steps=self.retract_every_steps
+                ),
             ),
             security=Security(allow_insecure=True),
         )

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+import torch
+
 from cluster.config import Kernels
 from cluster.layout import KVLayout
 from cluster.messages import Sampling, Speed
 from engine import engine, engine_config, loaded_model
+from engine.batch import Sampled
 from engine.engine import Engine, EngineConfig, StepPlan, StepResult
 from engine.pages import Owner, OwnerKind
 from engine.sampler import Choice
@@ -80,23 +83,59 @@ class SimMemory:
         self.words = memoryview(self._buffer).cast("B").cast("Q")
 
 
+class SimStep(NamedTuple):
+    """In place of `engine.decoder.Step`."""
+
+    chunks: list[Chunk]
+    before: Sampled | None
+    """What the step before has sampled, if that is unread."""
+    unread: None = None
+
+    def tokens(self, chunk: Chunk) -> list[int]:
+        """Of its sequence, up to the chunk's end."""
+        sequence = chunk.sequence
+        known = sequence.tokens(0, chunk.stop)
+        if not sequence.unread:
+            return known
+        assert self.before is not None
+        return [*known, self.before.tokens[self.before.keys.index(sequence.key)]]
+
+
+class SimLogits(NamedTuple):
+    words: list[int]
+    """The last KV of each chunk that samples."""
+    land: Callable[[], None]
+    """Writes the step's KV, which is not there at once: a device is behind its host."""
+
+
 class SimDecoder:
-    """In place of a decoder: reads and checks the KV that a step stands on, and adds its own."""
+    """In place of a decoder: reads and checks the KV that a step stands on, and adds its own, at the last moment: when
+    its tokens are read, or when the next step is launched."""
 
     kernels = Kernels.TORCH
     weight_bytes = 0
 
     def __init__(self, memory: SimMemory) -> None:
         self._words = memory.words
+        self._late: dict[int, int] = {}
+        """What is still to be written, by address."""
 
-    def forward(self, chunks: list[Chunk], between_layers: Callable[[], None]) -> list[int]:
-        """The last KV word of each chunk that samples. Raises `Violation` for a sequence that stands on wrong KV."""
+    def forward(self, step: SimStep, between_layers: Callable[[], None]) -> SimLogits:
+        """Raises `Violation` for a sequence that stands on wrong KV."""
         between_layers()
-        return [kv for kv in (self._compute(chunk) for chunk in chunks) if kv]
+        self._land(self._late)
+        late = self._late = {}
+        words = [kv for kv in (self._compute(chunk, step.tokens(chunk)) for chunk in step.chunks) if kv]
+        return SimLogits(words, lambda: self._land(late))
 
-    def _compute(self, chunk: Chunk) -> int:
+    def _land(self, late: dict[int, int]) -> None:
+        for address, word in late.items():
+            self._words[address] = word
+        late.clear()
+
+    def _compute(self, chunk: Chunk, tokens: list[int]) -> int:
         sequence, words = chunk.sequence, self._words
-        tokens, pages = sequence.tokens(0, chunk.stop), sequence.pages
+        pages = sequence.pages
         expected = chain(tokens)
         for index in range(-(-chunk.start // PAGE_SIZE)):
             begin, count = index * PAGE_SIZE, min(PAGE_SIZE, chunk.start - index * PAGE_SIZE)
@@ -104,7 +143,7 @@ class SimDecoder:
             if words[at : at + count].tolist() != expected[begin : begin + count]:
                 raise Violation(f"{sequence.key} reads wrong KV in page {pages[index]}, positions from {begin} on")
         for position in range(chunk.start, chunk.stop):
-            words[pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE] = expected[position]
+            self._late[pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE] = expected[position]
         return expected[-1] if chunk.samples else 0
 
 
@@ -120,11 +159,25 @@ class SimEngine(Engine):
     ) -> None:
         super().__init__(config, on_layer)
         self._work = work
+        self._writing: StepPlan | None = None
+        """Ahead: the step whose KV is still to be written."""
 
     def execute(self, plan: StepPlan, between_layers: Callable[[], None] = lambda: None) -> StepResult:
+        return super().execute(plan, self._worked(plan, between_layers))
+
+    def compute(self, plan: StepPlan | None, between_layers: Callable[[], None] = lambda: None) -> StepResult | None:
+        if self._writing is not None:
+            self._require_own_pages(self._writing)
+        if not self._ahead or plan is None:
+            self._writing = None
+            return super().compute(plan, between_layers)
+        self._writing = plan
+        return super().compute(plan, self._worked(plan, between_layers))
+
+    def _worked(self, plan: StepPlan, between_layers: Callable[[], None]) -> Callable[[], None]:
         self._require_own_pages(plan)
         tokens = sum(chunk.stop - chunk.start for chunk in plan.chunks)
-        return super().execute(plan, lambda: self._work(tokens, between_layers))
+        return lambda: self._work(tokens, between_layers)
 
     def warm_up(self) -> Speed:
         return Speed(step_seconds=0.01, prompt_token_seconds=0.001, prompt_tokens_beside_decodes=PAGE_SIZE)
@@ -166,8 +219,16 @@ class _Files(NamedTuple):
     weights: _Weights = _Weights()
 
 
-def _choices(words: list[int], sequences: Sequence[EngineSequence]) -> list[Choice]:
-    return [Choice(choose(kv, one.sampling.seed), None) for kv, one in zip(words, sequences, strict=True)]
+class SimDrawn:
+    """In place of `engine.sampler.Drawn`."""
+
+    def __init__(self, logits: SimLogits, sequences: Sequence[EngineSequence], unread: None) -> None:
+        self.tokens = [choose(kv, one.sampling.seed) for kv, one in zip(logits.words, sequences, strict=True)]
+        self._land = logits.land
+
+    def read(self) -> list[Choice]:
+        self._land()
+        return [Choice(token, None) for token in self.tokens]
 
 
 @contextmanager
@@ -178,11 +239,11 @@ def installed() -> Iterator[None]:
         mock.patch.multiple(
             loaded_model,
             open_model=lambda path, weights: _Files(),
-            open_device=lambda *settings: None,
+            open_device=lambda *settings: torch.device("cpu"),
             resolve_dtype=lambda dtype, device: dtype,
             KVCache=SimMemory,
-            make_decoder=lambda kernels, architecture, weights, cache, *settings: SimDecoder(cache),
+            make_decoder=lambda kernels, architecture, weights, cache, *rest, **named: SimDecoder(cache),
         ),
-        mock.patch.multiple(engine, build_step=lambda chunks: chunks, choose=_choices),
+        mock.patch.multiple(engine, build_step=SimStep, draw=SimDrawn),
     ):
         yield

@@ -13,6 +13,7 @@ from bootstrap.roster_state import MemberMachine
 from cluster.errors import Cancelled
 from cluster.messages import Ack, CancelAttempt, Fence, Message
 from decode_worker.decode_loop import DecodeLoop
+from engine.engine import Engine
 from kv_transfer import driver
 from kv_transfer.peers import Peers
 from kv_transfer.receiver import HandoffReceiver
@@ -162,6 +163,9 @@ MUTATIONS = {
     "source pages are released while they are written from": Mutation(
         _replaced(SenderHandoff, _end_if_still=_end_with_writes_under_way),
         (Fault.CLIENT_LEAVES, Fault.PEER_LINK_BROKEN),
+    ),
+    "pages are free while a step under way writes to them": Mutation(
+        _replaced(Engine, release=Engine._give_back), (Fault.CLIENT_LEAVES,)
     ),
     "fences are not checked, neither attempt nor epochs": Mutation(
         _without_fences, (Fault.WRITE_SLOW, Fault.PREFILL_STOPPED, Fault.DECODE_ENGINE_KILLED)

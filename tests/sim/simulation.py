@@ -23,6 +23,8 @@ BOUND_SECONDS = 60.0
 SEEDS_BETWEEN_COLLECTIONS = 25
 STRIDE = 7919
 """A prime: seeds that follow each other aim at cells far from each other, and each cell gets its turn."""
+AHEAD = 0.25
+"""Of all clusters, how many decode ahead."""
 
 
 class Outcome(NamedTuple):
@@ -69,7 +71,7 @@ def simulate(seed: int, metrics: Any, *, told: bool = False, cells: Sequence[Cel
     story = Story(told=told)
     random = Random(f"shape {seed}")
     aim = cells[seed * STRIDE % len(cells)]
-    shape = Shape.of(random, aim.journey)
+    shape = Shape.of(random, aim.journey, ahead=Random(f"ahead {seed}").random() < AHEAD)
     cluster = SimCluster(seed, shape, metrics, story)
     director = Director(cluster, random, aims(random, aim))
     failure = ""

@@ -13,6 +13,7 @@ from engine.policies import make_policy
 from engine.prefix_cache import PrefixCache
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from tests.unit.engine.committing import commit
 
 PAGE = 4
 AGEING = 10.0
@@ -43,7 +44,7 @@ class World:
             return []
         keys = [chunk.sequence.key for chunk in plan.chunks]
         sampling = [one.key for one in plan.sampling]
-        for key, reason in zip(sampling, self.scheduler.commit(plan, [0] * len(sampling)), strict=True):
+        for key, reason in zip(sampling, commit(self.scheduler, plan, [0] * len(sampling)), strict=True):
             if reason:
                 self.prefixes.release(key)
                 self.ledger.release(Owner(OwnerKind.SEQUENCE, key))

@@ -15,6 +15,7 @@ from engine.policies import make_policy
 from engine.prefix_cache import PrefixCache
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from tests.unit.engine.committing import commit
 
 PAGE = 4
 STOP = 7
@@ -87,7 +88,7 @@ class World:
         for chunk in plan.chunks:
             assert chunk.start == chunk.sequence.computed < chunk.stop <= len(chunk.sequence.pages) * PAGE
         keys = [one.key for one in plan.sampling]
-        for key, reason in zip(keys, self.scheduler.commit(plan, [token] * len(keys)), strict=True):
+        for key, reason in zip(keys, commit(self.scheduler, plan, [token] * len(keys)), strict=True):
             if reason:
                 self.finished.append(key)
                 self.release(key)
@@ -269,12 +270,12 @@ def test_a_plan_without_room_leaves_out_whom_it_can_not_serve():
     """Nobody asked for a retraction: who has no page for its next token waits, the others go on."""
     world = World(20, cache=False)
     world.submit("a", 8, 60)
-    world.scheduler.commit(world.scheduler.plan(), [1])
+    commit(world.scheduler, world.scheduler.plan(), [1])
     hog = Owner(OwnerKind.QUARANTINE, "others")
     world.prefixes.allocate(hog, world.prefixes.available)
     reasons: list[FinishReason | None] = []
     while (plan := world.scheduler.plan()) is not None:
-        reasons += world.scheduler.commit(plan, [1])
+        reasons += commit(world.scheduler, plan, [1])
     assert world.live["a"].length == 8 + LEAST + 1
     world.ledger.release(hog)
     assert world.scheduler.plan() is not None and not any(reasons)

@@ -14,6 +14,7 @@ from engine.policies import FirstCome, ShortestFirst
 from engine.prefix_cache import PrefixCache
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from tests.unit.engine.committing import commit
 
 PAGE = 4
 STOP = 7
@@ -36,7 +37,7 @@ def step(scheduler, token=1):
     plan = scheduler.plan()
     chunks = {chunk.sequence.key: (chunk.start, chunk.stop) for chunk in plan.chunks}
     keys = [sequence.key for sequence in plan.sampling]
-    reasons = scheduler.commit(plan, [token] * len(keys))
+    reasons = commit(scheduler, plan, [token] * len(keys))
     return chunks, {key: reason for key, reason in zip(keys, reasons, strict=True) if reason}
 
 
@@ -90,8 +91,8 @@ def test_short_prompts_overtake_a_step_under_way_by_the_policy():
         ("shortest", 0, 3), ("other", 0, 5),
     ]  # fmt: skip
     assert [one.key for one in overtaking.started] == ["shortest", "other"]
-    assert run.commit(overtaking, [1, 1]) == [FinishReason.LENGTH] * 2
-    assert run.commit(under_way, []) == []
+    assert commit(run, overtaking, [1, 1]) == [FinishReason.LENGTH] * 2
+    assert commit(run, under_way, []) == []
     assert step(run)[0] == {"short": (0, 9), "long": (16, 23)}
     ledger.check()
 
@@ -107,7 +108,7 @@ def test_who_does_not_overtake_waits(policy, prompt, pages):
     under_way = run.plan()
     run.submit(sequence("waits", prompt))
     assert run.overtake(under_way, 0.0) is None
-    run.commit(under_way, [])
+    commit(run, under_way, [])
     assert run.queued == 1
     ledger.check()
 
@@ -153,7 +154,7 @@ def test_a_resumed_sequence_computes_its_earlier_output_and_counts_it():
     run.submit(sequence("a", 5, max_tokens=4, output=[1, 2]))
     plan = run.plan()
     assert (plan.chunks[0].stop, plan.chunks[0].prefills) == (7, True)
-    assert run.commit(plan, [1]) == [None]
+    assert commit(run, plan, [1]) == [None]
     assert step(run)[1] == {"a": FinishReason.LENGTH}
 
 
@@ -162,7 +163,7 @@ def test_a_one_token_prompt_is_prefilled():
     run.submit(sequence("a", 1, max_tokens=2))
     plan = run.plan()
     assert (plan.chunks[0].prefills, [one.key for one in plan.started]) == (True, ["a"])
-    run.commit(plan, [1])
+    commit(run, plan, [1])
     assert not run.plan().chunks[0].prefills
 
 
@@ -244,7 +245,7 @@ def test_everybody_gets_through_within_the_limits(requests, pages, max_running, 
         assert decoding <= {chunk.sequence.key for chunk in plan.chunks}
         started += plan.started
         sampling = [sequence.key for sequence in plan.sampling]
-        for key, reason in zip(sampling, run.commit(plan, [1] * len(sampling)), strict=True):
+        for key, reason in zip(sampling, commit(run, plan, [1] * len(sampling)), strict=True):
             if reason is not None:
                 ledger.release(Owner(OwnerKind.SEQUENCE, key))
                 unfinished.remove(key)
