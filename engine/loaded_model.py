@@ -17,8 +17,9 @@ from engine.decoders import make_decoder
 from engine.device import open_device, resolve_dtype
 from engine.device_memory import MemoryAccount, open_memory
 from engine.engine_config import EngineConfig
-from engine.group import TorchGroup
+from engine.joining import join_ranks
 from engine.kv_cache import KVCache
+from engine.line import Line
 from engine.pool_size import (
     PROFILED_PAGES,
     TRIAL_PAGES,
@@ -39,8 +40,10 @@ class LoadedModel(NamedTuple):
     layout: KVLayout
     """Of the whole worker."""
     cache: KVCache
-    """This rank's heads of all pages."""
+    """This rank's heads and layers of all pages."""
     decoder: Decoder
+    line: Line | None
+    """To the other stages, if the layers are divided."""
     memory: MemoryAccount
     """This rank's."""
 
@@ -49,7 +52,7 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
     """Raises `ModelError` or `ConfigError`. Returns when all ranks have theirs."""
     files = open_model(config.model_path, config.weights)
     architecture = files.config
-    device = open_device(config.device, rank.number, rank.size, config.threads)
+    device = open_device(config.device, rank.place, rank.neighbours, config.threads)
     memory = open_memory(device)
     dtype = resolve_dtype(config.dtype, device)
     layout = KVLayout(
@@ -59,25 +62,34 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
         layers=architecture.layers,
         kv_heads=architecture.kv_heads,
         head_dim=architecture.head_dim,
-        shards=rank.size,
+        shards=config.grid.shards,
+        stages=config.grid.stages,
     )
-    shard = None
-    if rank.size > 1:
-        shard = Shard(architecture, TorchGroup(rank.number, rank.size, rank.rendezvous, device))
+    parts = join_ranks(architecture, config.grid, rank, device)
     fraction = fraction_of(config, device)
     pages = pages_asked_for(config) + TRIAL_PAGES if fraction is None else PROFILED_PAGES
     cache = KVCache(layout.of_rank(rank.number), pages, device, getattr(torch, dtype.value))
-    decoder = make_decoder(config.kernels, architecture, files.weights, cache, config.threads, shard, config.attention)
-    if shard is not None:
-        _require_same(decoder, shard, device)
+    decoder = make_decoder(
+        config.kernels,
+        architecture,
+        files.weights,
+        cache,
+        config.threads,
+        parts.shard,
+        config.attention,
+        parts.stage,
+        config.graphs,
+        compiled=config.compile,
+    )
+    if parts.shard is not None:
+        _require_same(decoder, parts.shard, device)
     context = _context_length(config, architecture.context_length)
     work_space = 0
     if fraction is not None:
         largest = LargestStep(config, context, architecture.vocab_size)
         room = room_left(memory, fraction, cache.page_bytes, decoder, largest)
         work_space = room.work_space
-        pages = least_of_all(room.pages, None if shard is None else shard.group, device)
-        cache = KVCache(cache.layout, pages, device, cache.dtype)
+        cache = KVCache(cache.layout, least_of_all(room.pages, parts.everyone, device), device, cache.dtype)
         decoder.use(cache)
     log.info(
         "weights and KV pool are in memory",
@@ -89,7 +101,7 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
     )
     card = ModelCard(config.model_name, context, architecture.vocab_size)
     account = MemoryAccount(memory, cache.device, decoder.weight_bytes, cache.nbytes, work_space)
-    return LoadedModel(card, layout, cache, decoder, account)
+    return LoadedModel(card, layout, cache, decoder, parts.line, account)
 
 
 def _require_same(decoder: Decoder, shard: Shard, device: torch.device) -> None:
