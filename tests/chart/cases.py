@@ -16,9 +16,16 @@ prefill: {replicas: 0}
 kv: {max_quarantine_share: 0.25, max_quarantine_seconds: 1.0e+2}
 """,
 }
-VALUES = {
-    path.stem: path.read_text() for path in sorted((REPOSITORY / "deploy/kubernetes/examples").glob("*.yaml"))
-} | {
+_EXAMPLES = {path.stem: path.read_text() for path in (REPOSITORY / "deploy/kubernetes/examples").glob("*.yaml")}
+_SPREAD = _EXAMPLES.pop("multi-node")
+SPREAD = [
+    (TOPOLOGY_TEXTS["multi-node"], _SPREAD),
+    (TOPOLOGY_TEXTS["multi-node"], f"{_SPREAD}autoscaling: {{kind: hpa}}"),
+    (TOPOLOGY_TEXTS["multi-node"], f"{_SPREAD}autoscaling: {{kind: keda}}"),
+    (MINIMAL + "decode: {tensor_parallel: 4, nodes: 2}\n", ""),
+]
+"""Workers on several nodes, and what their pods must be given."""
+VALUES = dict(sorted(_EXAMPLES.items())) | {
     "none": "",
     "keda": "autoscaling: {kind: keda, decode: {committedPages: 0.75, maxReplicas: 20}}",
     "named": "fullnameOverride: llm\nnameOverride: lm\nserviceAccount: {create: false, name: someone}",

@@ -7,26 +7,51 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 
-from tests.chart.cases import TOPOLOGY_TEXTS, VALUES
+from tests.chart.cases import SPREAD, TOPOLOGY_TEXTS, VALUES
+from tests.chart.leader_worker_set import LeaderWorkerSet
 from tests.unit.deploy.kubernetes.rendering import CHART, MINIMAL, RELEASE, REPOSITORY
 
 pytestmark = pytest.mark.chart
 
-CUSTOM = ("ScaledObject", "PodMonitor")
+PUBLISHED = ("ScaledObject", "PodMonitor")
+"""Whose makers' definitions come by npm."""
+GROUPS = "LeaderWorkerSet"
 CHECK = Path(__file__).with_name("custom_resources.mjs")
 
 
 def rendered() -> list[dict]:
     """All objects of all cases: each topology plain, and each set of values with one topology."""
     cases = [(topology, "") for topology in TOPOLOGY_TEXTS.values()] + [(MINIMAL, values) for values in VALUES.values()]
+    cases += SPREAD
     return [made for topology, values in cases for made in CHART.render(topology, values, "values", RELEASE)]
 
 
+def pod_templates(made: dict) -> list[dict]:
+    """Those of a group's pods, as objects of their own."""
+    group = made["spec"]["leaderWorkerTemplate"]
+    return [
+        {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name.lower()}, "template": group[name]}
+        for name in ("leaderTemplate", "workerTemplate")
+    ]
+
+
+def test_groups_of_pods_have_the_form_that_their_controller_takes():
+    groups = [made for made in rendered() if made["kind"] == GROUPS]
+    assert groups
+    for made in groups:
+        msgspec.convert(made, LeaderWorkerSet)
+    made["spec"]["rolloutStrategy"]["rollingUpdateConfiguration"]["maxSurges"] = 1
+    with pytest.raises(msgspec.ValidationError, match="maxSurges"):
+        msgspec.convert(made, LeaderWorkerSet)
+
+
 def test_kubernetes_takes_every_object(tools, tmp_path):
-    objects = [made for made in rendered() if made["kind"] not in CUSTOM]
+    objects = [made for made in rendered() if made["kind"] not in (*PUBLISHED, GROUPS)]
+    objects += [template for made in rendered() if made["kind"] == GROUPS for template in pod_templates(made)]
     assert {"HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy"} <= {made["kind"] for made in objects}
     file = tmp_path / "objects.yaml"
     file.write_text(yaml.safe_dump_all(objects))
@@ -54,8 +79,8 @@ def test_a_misspelt_field_would_be_found(tools, tmp_path):
     shutil.which("npm") is None, reason="the definitions of custom resources come by npm, which is not here"
 )
 def test_keda_and_the_prometheus_operator_take_theirs(tools):
-    objects = [made for made in rendered() if made["kind"] in CUSTOM]
-    assert {made["kind"] for made in objects} == set(CUSTOM)
+    objects = [made for made in rendered() if made["kind"] in PUBLISHED]
+    assert {made["kind"] for made in objects} == set(PUBLISHED)
 
     def check(objects: list[dict]) -> subprocess.CompletedProcess[str]:
         # Node looks for packages beside the script.

@@ -107,6 +107,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "kindIs": _kind_is,
         "list": lambda *items: list(items),
         "lower": str.lower,
+        "mul": lambda *factors: math.prod(int(factor) for factor in factors),
         "mulf": lambda *factors: math.prod(float(factor) for factor in factors),
         "ne": lambda first, second: first != second,
         "nindent": lambda spaces, text: "\n" + _indent(spaces, text),

@@ -34,8 +34,10 @@ return nothing but text. */ -}}
 {{- $pools := list (omit $prefill "replicas" "cpus") (omit $decode "replicas" "cpus") (eq $replicas 0) | toJson -}}
 prefillReplicas: {{ $replicas }}
 decodeReplicas: {{ $decode.replicas | default 1 | int }}
-prefillRanks: {{ $prefill.tensor_parallel | default 1 | int }}
-decodeRanks: {{ $decode.tensor_parallel | default 1 | int }}
+prefillRanks: {{ mul ($prefill.tensor_parallel | default 1) ($prefill.pipeline_parallel | default 1) }}
+decodeRanks: {{ mul ($decode.tensor_parallel | default 1) ($decode.pipeline_parallel | default 1) }}
+prefillNodes: {{ $prefill.nodes | default 1 | int }}
+decodeNodes: {{ $decode.nodes | default 1 | int }}
 bootstrapPort: {{ $bootstrap.port | default 8998 | int }}
 routerPort: {{ $router.port | default 8000 | int }}
 workerDrainSeconds: {{ $worker.drain_seconds | default 30 | ceil | int }}

@@ -27,9 +27,15 @@ class Rendered:
         assert len(made) == len([one for one in self.objects if one["kind"] == kind]), "two of one name"
         return made
 
+    def templates(self) -> dict:
+        """Of all pods but rank hosts, by component."""
+        plain = {name: made["spec"]["template"] for name, made in self.all("Deployment").items()}
+        groups = {name: made["spec"]["leaderWorkerTemplate"] for name, made in self.all("LeaderWorkerSet").items()}
+        return plain | {name: group["leaderTemplate"] for name, group in groups.items()}
+
     def pods(self) -> dict:
-        """The specs of all pods, by component."""
-        return {name: made["spec"]["template"]["spec"] for name, made in self.all("Deployment").items()}
+        """Their specs."""
+        return {name: template["spec"] for name, template in self.templates().items()}
 
     def container(self, component: str) -> dict:
         (container,) = self.pods()[component]["containers"]

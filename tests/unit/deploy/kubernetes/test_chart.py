@@ -237,7 +237,10 @@ def test_pods_are_replaced_when_what_they_read_has_changed():
 def test_a_worker_gets_a_gpu_for_each_of_its_ranks():
     gpus = "decode: {resources: {limits: {nvidia.com/gpu: 2}}}"
     assert deployments(MINIMAL + "decode: {tensor_parallel: 2}", gpus)
-    with pytest.raises(ConfigError, match=r"decode.resources: nvidia.com/gpu is 2, and .* decode.tensor_parallel 1"):
+    assert deployments(MINIMAL + "decode: {pipeline_parallel: 2}", gpus)
+    with pytest.raises(
+        ConfigError, match=r"decode.resources: nvidia.com/gpu is 2, and .* decode wants 1, one for each rank"
+    ):
         deployments(MINIMAL, gpus)
 
 
