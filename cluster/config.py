@@ -194,9 +194,9 @@ class KV(Section, frozen=True):
     network: Network = Network.AUTO
     rdma_devices: list[Text] = []
     """With `network: rdma`, the devices to use, by their names in /sys/class/infiniband (mlx5_0); by default all that
-    are up."""
+    are up, among which the engine chooses. Of several that are named here, NIXL divides each write among all."""
     verify_digests: bool = True
-    """Decode checks each page's digest before it reads from it."""
+    """Decode checks each page's digest before it reads from it. Of pages in a GPU's memory the GPU computes them."""
     prefix_cache: bool = True
     """Pages of earlier requests serve prompts that begin alike: they are neither computed nor sent again."""
     write_timeout_seconds: Seconds = 15.0

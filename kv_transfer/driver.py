@@ -125,6 +125,9 @@ class TransferPort(Protocol):
 
 
 class Digester(Protocol):
+    on_host: bool
+    """Whether the host reads the pages. Where the device does, digests are others."""
+
     def of(self, pages: Sequence[int], runs: Runs | None = None) -> list[int]:
         """One digest per page, of these bytes of it; None: of all."""
 
@@ -332,9 +335,18 @@ class TransferDriver:
         if peer.broken:
             raise PeerUnreachable(f"an earlier write to {name} failed and others are still ending")
         if not peer.connected:
+            self._require_same_digests(name, peer.descriptor)
             self._backend.connect(name, peer.descriptor, peer.part)
             peer.connected = True
         return peer
+
+    def _require_same_digests(self, name: str, descriptor: bytes) -> None:
+        device = PoolDescriptor.read(descriptor).device
+        if self._digester is not None and self._digester.on_host is not (device == "cpu"):
+            raise ProtocolError(
+                f"the pages of {name} are in the memory of {device}, and have other digests than ours; such workers "
+                "hand over to each other with kv.verify_digests=false only"
+            )
 
     def _connect(self, command: Connect) -> None:
         """Ahead of the first write, to spare it the time; if it fails, that write will try again and tell."""

@@ -14,6 +14,7 @@ from engine.device_memory import full_is_refused
 from engine.engine import Engine, EngineConfig
 from engine.followers import Follower
 from engine.loaded_model import load_model
+from engine.page_digests import device_digests
 from engine.profiling import ProfiledSteps
 from kv_transfer.backends.base import PoolMemory
 from kv_transfer.opening import follow_transfers, open_transfers
@@ -31,7 +32,7 @@ def build(context: EngineContext) -> tuple[StepHandler, EngineReady]:
     pool = PoolMemory(
         engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes, engine.pool_device
     )
-    thread = open_transfers(context, pool, context.channel.wake)
+    thread = open_transfers(context, pool, context.channel.wake, engine.page_digests())
     sender = HandoffSender(
         thread,
         engine.layout,
@@ -61,7 +62,8 @@ def follow(context: EngineContext) -> tuple[Callable[[], None], EngineRank]:
     with full_is_refused():
         model = load_model(_config(context), context.rank)
     pool = PoolMemory(model.cache.address, model.cache.pages, model.cache.page_bytes, model.cache.device)
-    return follow_transfers(context, pool, Follower(model.decoder, context.rank.steps[0]).run)
+    run = Follower(model.decoder, context.rank.steps[0]).run
+    return follow_transfers(context, pool, run, device_digests(model.cache))
 
 
 def _config(context: EngineContext) -> EngineConfig:

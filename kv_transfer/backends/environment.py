@@ -72,6 +72,8 @@ def apply_network(kv: KV, ports: Sequence[str]) -> None:
     elif kv.network is Network.RDMA:
         os.environ.setdefault("UCX_TLS", "^tcp")
         os.environ.setdefault("UCX_NET_DEVICES", ",".join(ports))
+        if len(kv.rdma_devices) > 1:  # by itself UCX may use fewer for one write
+            os.environ.setdefault("UCX_MAX_RMA_RAILS", str(len(ports)))
 
 
 def library_path() -> Path | None:

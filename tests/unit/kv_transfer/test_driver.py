@@ -59,7 +59,9 @@ def test_a_write_ends_with_its_times_and_the_digests_of_what_was_sent(setup):
 
 def test_digests_are_no_part_of_the_time_of_a_write_that_ends_in_the_call(setup):
     class Slow:
-        def of(self, pages, offset=0, size=None):
+        on_host = True
+
+        def of(self, pages, runs=None):
             setup.clock.advance(1.0)
             return [0 for _ in pages]
 
@@ -68,6 +70,23 @@ def test_digests_are_no_part_of_the_time_of_a_write_that_ends_in_the_call(setup)
     assert driver.take(setup.write()) == []
     (ended,) = driver.turn()
     assert (ended.error, ended.started, ended.ended, setup.clock.now()) == (None, 0.0, 0.0, 1.0)
+
+
+def test_pages_that_are_digested_elsewhere_are_not_sent_to_who_would_find_them_damaged(setup):
+    class OfADevice:
+        on_host = False
+
+        def of(self, pages, runs=None):
+            return [0 for _ in pages]
+
+    driver = TransferDriver(setup.backend, OfADevice(), setup.clock)
+    driver.take(Connect("peer", setup.peer.descriptor))
+    (refused,) = driver.take(setup.write())
+    assert isinstance(refused.error, ProtocolError)
+    assert "memory of cpu, and have other digests than ours" in refused.error.message
+    unverified = TransferDriver(setup.backend, None, setup.clock)
+    unverified.take(Connect("peer", setup.peer.descriptor))
+    assert unverified.take(setup.write()) == []
 
 
 def test_an_unknown_peer_or_a_bad_page_is_a_result_and_not_an_exception(setup):

@@ -84,6 +84,11 @@ def test_an_engine_that_has_opened_another_device_than_it_was_told_is_refused(ke
     [
         (KV(), ["mlx5_0:1"], {}),
         (RDMA, ["mlx5_0:1", "mlx5_1:1"], {"UCX_TLS": "^tcp", "UCX_NET_DEVICES": "mlx5_0:1,mlx5_1:1"}),
+        (
+            KV(network=Network.RDMA, rdma_devices=["mlx5_0", "mlx5_1"]),
+            ["mlx5_0:1", "mlx5_1:1"],
+            {"UCX_TLS": "^tcp", "UCX_NET_DEVICES": "mlx5_0:1,mlx5_1:1", "UCX_MAX_RMA_RAILS": "2"},
+        ),
         (KV(network=Network.TCP), [], {"UCX_TLS": "^ib"}),
         (KV(transfer=TransferName.MOONCAKE), ["mlx5_0:1"], {}),
         (KV(transfer=TransferName.MOONCAKE, network=Network.TCP), [], {"MC_FORCE_TCP": "true"}),
