@@ -4,6 +4,9 @@ Pools are Deployments, so a worker is any pod of one, and is named as its pod is
 shrinks is our choice and not the controller's, who would take one from the fullest node: those pods are deleted, which
 drains them, and at once the pool's size is lowered. A pod that the controller makes in between is the first that it
 takes away, since it is not ready.
+
+A pool whose workers are on several nodes is a LeaderWorkerSet, and a worker the leader of a group of pods. Groups are
+numbered, and the last ones leave first: that is not our choice.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from cluster.topology import dump_topology
 from deploy.kubernetes.chart import Chart, Object, Release, read_values
 from deploy.launchers.base import ProcessKind, Replica, ReplicaState, Sizes
 from deploy.launchers.kubectl import Kubectl
-from deploy.launchers.pods import COMPONENT, Deployment, Pod, View, parse_deployments, parse_pods, replica
+from deploy.launchers.pods import COMPONENT, GROUPS, Deployment, Pod, View, parse_deployments, parse_pods, replica
 from deploy.pools import require_sizes
 
 POLL_SECONDS = 0.5
@@ -65,6 +68,7 @@ class KubernetesCluster:
         self._patience = patience_seconds
         self._tell = tell
         labels = self._objects[0]["metadata"]["labels"]
+        self._pools_as = ",".join(_pool_kinds(objects))
         kinds = f"{COMPONENT} in ({','.join(kind.value for kind in ProcessKind)})"
         self._selector = ",".join([*(f"{label}={labels[label]}" for label in _OWNED), kinds])
 
@@ -87,6 +91,7 @@ class KubernetesCluster:
     async def drain(self, workers: Sequence[str]) -> None:
         view = await self.view()
         leaving = _workers(view, workers)
+        _require_last(view, leaving)
         for kind in _POOLS:
             names = [pod.name for pod in leaving if pod.kind is kind]
             if names:
@@ -103,7 +108,11 @@ class KubernetesCluster:
             await self.until(back, f"{pod.name} has no successor that takes work")
         if not workers:
             for deployment in [each for each in view.deployments if each.kind in _POOLS]:
-                await self.kubectl.run("rollout", "restart", f"deployment/{deployment.metadata.name}")
+                if deployment.in_groups:  # kubectl has no rollout of these
+                    for pod in view.pool(deployment.kind):
+                        await self.restart([pod.name])
+                    continue
+                await self.kubectl.run("rollout", "restart", deployment.reference)
                 new = partial(View.is_whole, kinds=(deployment.kind,))
                 await self.until(new, "not all workers are new", self._patience * max(1, deployment.spec.replicas))
 
@@ -117,10 +126,10 @@ class KubernetesCluster:
         grace = f"--grace-period={max(1, math.ceil(grace_seconds))}"
         for kinds in _STOP_ORDER:
             view = await self.view()
-            deployments = [each.metadata.name for each in view.deployments if each.kind in kinds]
+            deployments = [each.reference for each in view.deployments if each.kind in kinds]
             pods = [pod.name for pod in view.pods if pod.kind in kinds]
             if deployments:
-                await self.kubectl.run("delete", "deployments", *deployments, "--ignore-not-found", "--wait=false")
+                await self.kubectl.run("delete", *deployments, "--ignore-not-found", "--wait=false")
             if pods:
                 await self.kubectl.run("delete", "pods", *pods, "--ignore-not-found", "--wait=false", grace)
             await self.until(partial(View.has_none, kinds=kinds), "not all have ended", grace_seconds + STOP_SECONDS)
@@ -131,7 +140,7 @@ class KubernetesCluster:
         deployments, pods = await asyncio.gather(
             *(
                 self.kubectl.run("get", kind, "--selector", self._selector, "--output=json")
-                for kind in ("deploy", "pods")
+                for kind in (self._pools_as, "pods")
             )
         )
         try:
@@ -168,9 +177,9 @@ class KubernetesCluster:
             raise LaunchError("the pools have autoscalers (autoscaling.kind of the values), which would undo it")
 
     async def _resize(self, deployment: Deployment, leaving: Sequence[str], size: int) -> None:
-        if leaving:
+        if leaving and not deployment.in_groups:
             await self._delete(leaving)
-        await self.kubectl.run("scale", f"deployment/{deployment.metadata.name}", f"--replicas={size}")
+        await self.kubectl.run("scale", deployment.reference, f"--replicas={size}")
 
     async def _delete(self, pods: Sequence[str]) -> None:
         """Begins their drain."""
@@ -191,10 +200,10 @@ class KubernetesLauncher:
         cluster = KubernetesCluster(self._topology, self._objects, self._clock, timeout_seconds, self._tell)
         cluster.require_ours(await cluster.view())
         await cluster.kubectl.run("apply", "--filename=-", given=_as_list(await self._new_objects(cluster.kubectl)))
-        ours = {each["metadata"]["name"] for each in self._objects if each["kind"] == "Deployment"}
+        ours = {(each["kind"], each["metadata"]["name"]) for each in self._objects}
         for deployment in (await cluster.view()).deployments:
-            if deployment.metadata.name not in ours:  # a pool that the topology has no more
-                await cluster.kubectl.run("delete", "deployment", deployment.metadata.name, "--wait=false")
+            if (deployment.made_as, deployment.metadata.name) not in ours:  # a pool that the topology has no more
+                await cluster.kubectl.run("delete", deployment.reference, "--wait=false")
         hopeless: list[Pod] = []
 
         def settled(view: View) -> bool:
@@ -217,6 +226,22 @@ class KubernetesLauncher:
 def _as_list(objects: Sequence[Object]) -> str:
     """As kubectl takes them: JSON, in which every text is unmistakably one."""
     return msgspec.json.encode({"kind": "List", "apiVersion": "v1", "items": objects}).decode()
+
+
+def _pool_kinds(objects: Sequence[Object]) -> list[str]:
+    """What kubectl is asked for; of a kind that it does not know it would complain."""
+    groups = any(made["kind"] == GROUPS for made in objects)
+    return ["deployments.apps", *(["leaderworkersets.leaderworkerset.x-k8s.io"] if groups else [])]
+
+
+def _require_last(view: View, leaving: Sequence[Pod]) -> None:
+    """Raises `LaunchError` for workers of a pool that gives up its last ones only."""
+    for deployment in [each for each in view.deployments if each.in_groups]:
+        own = sorted((pod.name for pod in view.pool(deployment.kind)), key=lambda name: int(name.rpartition("-")[2]))
+        wanted = {pod.name for pod in leaving if pod.kind is deployment.kind}
+        if wanted != set(own[len(own) - len(wanted) :]):
+            last = ", ".join(own[len(own) - len(wanted) :])
+            raise LaunchError(f"{deployment.reference} can give up its last workers only: {last}")
 
 
 def _is_down(pod: Pod) -> bool:

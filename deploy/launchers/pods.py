@@ -108,12 +108,26 @@ class PoolStatus(Part, frozen=True):
     conditions: list[Condition] = []
 
 
+GROUPS = "LeaderWorkerSet"
+"""The kind of a pool whose workers are groups of pods: those that we see of it are the groups' leaders."""
+
+
 class Deployment(Part, frozen=True):
-    """One component: a pool, the routers, or bootstrap."""
+    """One component: a pool, the routers, or bootstrap. A LeaderWorkerSet is told alike."""
 
     metadata: Metadata
     spec: PoolSpec
     status: PoolStatus
+    made_as: str = msgspec.field(default="Deployment", name="kind")
+
+    @property
+    def reference(self) -> str:
+        """As kubectl names it."""
+        return f"{self.made_as.lower()}/{self.metadata.name}"
+
+    @property
+    def in_groups(self) -> bool:
+        return self.made_as == GROUPS
 
     @property
     def kind(self) -> ProcessKind:

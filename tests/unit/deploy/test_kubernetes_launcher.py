@@ -82,7 +82,36 @@ async def test_a_pool_that_the_topology_has_no_more_is_deleted(house):
     house.knows([deployment(), old], [pod()])
     await house.start()
     assert [line.split()[2:] for line in house.calls("delete")] == [
-        ["delete", "deployment", "baton-prefill", "--wait=false"]
+        ["delete", "deployment/baton-prefill", "--wait=false"]
+    ]
+
+
+GROUPS = [*OBJECTS[:2], made("LeaderWorkerSet", "baton-decode")]
+
+
+def groups(replicas):
+    return {**deployment(replicas, replicas), "kind": "LeaderWorkerSet"}
+
+
+async def test_of_a_pool_of_groups_the_last_ones_leave_and_only_they(house):
+    house.knows([groups(2)], [pod("baton-decode-0"), pod("baton-decode-1")])
+    cluster = house.cluster(GROUPS)
+    with pytest.raises(LaunchError, match=r"leaderworkerset/baton-decode can give up its last workers only: .*-1$"):
+        await cluster.drain(["baton-decode-0"])
+    with pytest.raises(LaunchError, match="no such pool"):  # as our kubectl says to whatever is scaled
+        await cluster.drain(["baton-decode-1"])
+    assert [line.split()[2:] for line in house.calls("scale")] == [
+        ["scale", "leaderworkerset/baton-decode", "--replicas=1"]
+    ]
+    assert not house.calls("delete"), "which pods end, its controller says"
+    assert house.calls("get deployments.apps,leaderworkersets.leaderworkerset.x-k8s.io")
+
+
+async def test_a_pool_that_is_one_of_groups_now_is_no_deployment_any_more(house):
+    house.knows([deployment(), groups(1)], [pod()])
+    await KubernetesLauncher(TOPOLOGY, GROUPS, ManualClock(), house.told.append).start(1.0)
+    assert [line.split()[2:] for line in house.calls("delete")] == [
+        ["delete", "deployment/baton-decode", "--wait=false"]
     ]
 
 
