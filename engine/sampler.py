@@ -27,6 +27,8 @@ from engine.transit import ToHost, to_device
 
 NUCLEUS_WIDTHS = (64, 1024)
 """How many of the most likely tokens are sorted, until their mass reaches top-p; after these, all."""
+PROBABILITY_BITS = 30
+"""Of a float32 from 0 to 1, but for those that are always 0."""
 ROWS_AT_ONCE = 8
 """Rows that a CPU draws together: their float64 temporaries stay in the cache."""
 ROWS_AT_ONCE_ON_DEVICE = 64
@@ -168,38 +170,47 @@ def _top_p(probabilities: Tensor, samplings: Rows[Sampling], floor: Tensor | Non
 
     `floor` is the bound of an earlier filter: the mass is that of what it leaves.
     """
+    filtered = [row for row, sampling in enumerate(samplings) if sampling.top_p < 1]
+    index = _index(filtered, probabilities)
+    rows = probabilities.index_select(0, index)
+    if floor is not None:
+        rows = torch.where(rows >= floor.index_select(0, index), rows, 0.0)
+    share = _column(rows, [samplings[row].top_p for row in filtered]).double()
+    mass = share * rows.sum(-1, keepdim=True, dtype=torch.float64)
+    find = nucleus_by_sorting if rows.device.type == "cpu" else nucleus_by_bisection
+    return torch.zeros_like(probabilities[:, :1]).index_copy_(0, index, find(rows, mass))
+
+
+def nucleus_by_sorting(probabilities: Tensor, mass: Tensor) -> Tensor:
+    """Of each row, the least of the fewest most likely that hold `mass` [rows, 1], or of the first one. For a CPU: it
+    sorts a few, and asks whether they were enough."""
+    vocabulary = probabilities.shape[-1]
     bound = torch.zeros_like(probabilities[:, :1])
-    left = [row for row, sampling in enumerate(samplings) if sampling.top_p < 1]
-    # Whether a few were enough, only a CPU can be asked.
-    widths = NUCLEUS_WIDTHS if probabilities.device.type == "cpu" else ()
-    for width in (*widths, probabilities.shape[-1]):
-        index = _index(left, probabilities)
-        rows = probabilities.index_select(0, index)
-        if floor is not None:
-            rows = torch.where(rows >= floor.index_select(0, index), rows, 0.0)
-        share = _column(rows, [samplings[row].top_p for row in left]).double()
-        least, ended = _nucleus(rows, share, min(width, rows.shape[-1]))
-        bound.index_copy_(0, index, least)
-        if width == probabilities.shape[-1]:
-            break
-        left = [row for row, done in zip(left, ended.tolist(), strict=True) if not done]
-        if not left:
+    left = torch.arange(len(probabilities))
+    for width in (*(width for width in NUCLEUS_WIDTHS if width < vocabulary), vocabulary):
+        best = probabilities[left].topk(width, -1).values
+        before = best.cumsum(-1, dtype=torch.float64) - best
+        inside = before < mass[left]
+        # The nucleus ends within these if a token of them is outside; the first token is always inside.
+        last = inside.sum(-1, keepdim=True).clamp_min(1) - 1
+        bound[left] = best.gather(-1, last)
+        left = left[inside[:, -1]]
+        if not len(left):
             break
     return bound
 
 
-def _nucleus(probabilities: Tensor, share: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Of each row, the least probability [rows, 1] of its nucleus, looked for among the `width` most likely tokens, and
-    whether it ends within them."""
-    if width < probabilities.shape[-1]:
-        best = probabilities.topk(width, -1).values
-    else:
-        best = probabilities.sort(-1, descending=True).values
-    before = best.cumsum(-1, dtype=torch.float64) - best
-    inside = before < share * probabilities.sum(-1, keepdim=True, dtype=torch.float64)
-    # It ends within these if a token of them is outside; the first token is always inside.
-    last = inside.sum(-1, keepdim=True).clamp_min(1) - 1
-    return best.gather(-1, last), ~inside[:, -1]
+def nucleus_by_bisection(probabilities: Tensor, mass: Tensor) -> Tensor:
+    """The same for a GPU, which must not be asked, and sorts row by row: the least number such that all above it hold
+    less than `mass`. Floats that are not negative are in the order of their bits."""
+    low = torch.zeros_like(probabilities[:, :1]).view(torch.int32)
+    high = probabilities.amax(-1, keepdim=True).view(torch.int32)
+    for _ in range(PROBABILITY_BITS):
+        middle = (low + high) // 2
+        above = torch.where(probabilities > middle.view(torch.float32), probabilities, 0.0)
+        enough = above.sum(-1, keepdim=True, dtype=torch.float64) < mass
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return high.view(torch.float32)
 
 
 def _report(log_probabilities: Tensor, tokens: Tensor, count: int) -> list[Tensor]:

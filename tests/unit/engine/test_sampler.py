@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.messages import Sampling
-from engine.sampler import choose
+from engine.sampler import choose, nucleus_by_bisection, nucleus_by_sorting
 from engine.sequence import Sequence
 
 
@@ -76,6 +76,17 @@ def test_a_nucleus_wider_than_what_is_sorted_first_is_whole():
     flat = drawn(torch.cat((torch.full((600,), 5.0), torch.zeros(4400))), count=3000, top_p=0.9)
     assert (flat[:600] > 0).sum() > 400
     assert flat[600:].sum() == 0
+
+
+def test_a_nucleus_is_the_same_sorted_and_bisected():
+    generator = torch.Generator().manual_seed(2)
+    wide = torch.randn(40, 3000, generator=generator) * torch.linspace(0.0, 6.0, 40)[:, None]
+    tied = torch.randint(0, 4, (40, 3000), generator=generator).float()
+    for logits in (wide, tied, wide[:, :50], torch.eye(40) * 1e4, wide[:, :1]):
+        rows = logits.softmax(-1)
+        for share in (0.0, 1e-9, 0.3, 0.9, 0.999):
+            mass = share * rows.sum(-1, keepdim=True, dtype=torch.float64)
+            assert torch.equal(nucleus_by_bisection(rows, mass), nucleus_by_sorting(rows, mass))
 
 
 def test_ties_at_a_threshold_all_stay():
