@@ -26,6 +26,7 @@
     │   ├── TransferFailed         KV pages did not arrive, or arrived damaged
     │   │   └── PeerUnreachable    the peer's memory can't be written to
     │   ├── TransferStuck          a write can't be stopped but by the end of its process, which therefore ends
+    │   ├── OutOfMemory            a worker's device has no memory for a step with this request
     │   ├── QuarantineFull         too many pages wait for writers nobody can vouch for: the engine process starts anew
     │   ├── AttemptsExhausted      a request has failed as often as it may
     │   └── DeadlineExceeded       the request's time is over
@@ -200,6 +201,10 @@ class PeerUnreachable(TransferFailed):
 
 class TransferStuck(AvailabilityError):
     """A write neither ends nor can be ended. Ends the engine process: then nothing of it can land any more."""
+
+
+class OutOfMemory(AvailabilityError):
+    """The device has no memory for a step with this request in it; the others in it go on."""
 
 
 class QuarantineFull(AvailabilityError):

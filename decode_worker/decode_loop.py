@@ -19,7 +19,7 @@ from cluster.engine_messages import (
     RouterGone,
     ToRouter,
 )
-from cluster.errors import Draining, ErrorInfo, RequestError, StaleFence, WorkerLost
+from cluster.errors import Draining, ErrorInfo, OutOfMemory, RequestError, StaleFence, WorkerLost
 from cluster.logging import get_logger
 from cluster.messages import (
     Aborted,
@@ -53,6 +53,7 @@ ENDED_MEMORY = 4096
 """Fences of ended attempts that are remembered, so that what comes late for one is refused at once."""
 LINGER_SECONDS = 0.001
 """How long a step may wait for KV that has arrived to be verified: a sequence that misses it waits for all of it."""
+NO_MEMORY = OutOfMemory("the decode worker's device has no memory for a step with this request").to_info()
 PeerMessage = FromPeer | PeerUp | PeerDown
 PAGELESS_STATES = (DecodeState.RESERVING, DecodeState.OFFERED)
 WAITING_STATES = (*PAGELESS_STATES, DecodeState.AWAITING_KV)
@@ -191,6 +192,10 @@ class DecodeLoop:
         between_layers = self._attend_to_handoffs if self._receiver.active else _nothing
         result = self._engine.execute(plan, between_layers)
         now = self._clock.now()
+        for fence in result.refused:
+            known = self._attempts.get(fence)
+            if known is not None and known.machine.accepts(state.Refused):  # it may have ended meanwhile
+                self._feed(fence, state.Refused(NO_MEMORY), now)
         for progress in result.progress:
             self._feed(progress.key, state.ChunkComputed(), now)
         self._emit(result)

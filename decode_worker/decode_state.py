@@ -3,7 +3,7 @@
     RESERVING --OfferArrived--> OFFERED --PagesLeased--> AWAITING_KV --KVArrived--> RUNNING --Sampled (last)--> FINISHED
     PREFILLING --Sampled--> RUNNING                                       (unified: no prefill leg, it begins here)
        any of them --Cancelled--> FINISHED         before RUNNING --HandoffFailed--> FINISHED
-       PREFILLING, RUNNING --Retracted--> FINISHED
+       PREFILLING, RUNNING --Retracted, Refused--> FINISHED
 
 RESERVING holds no pages; AWAITING_KV has leased them to the writer. An attempt that ends while its pages are leased
 ends at once: the pages alone stay, in quarantine, until `kv_transfer` says that the lease has ended.
@@ -85,6 +85,12 @@ class Retracted(msgspec.Struct, frozen=True):
     """The scheduler has taken it out: older ones need its pages."""
 
 
+class Refused(msgspec.Struct, frozen=True):
+    """The engine can't compute it, and has let go of it."""
+
+    error: ErrorInfo
+
+
 class Cancelled(msgspec.Struct, frozen=True):
     reason: str
 
@@ -144,9 +150,11 @@ class DecodeMachine(StateMachine[Action]):
         (DecodeState.PREFILLING, ChunkComputed): "_chunk_computed",
         (DecodeState.PREFILLING, Sampled): "_first_own_token",
         (DecodeState.PREFILLING, Retracted): "_retract",
+        (DecodeState.PREFILLING, Refused): "_refuse",
         (DecodeState.PREFILLING, Cancelled): "_cancel_running",
         (DecodeState.RUNNING, Sampled): "_sampled",
         (DecodeState.RUNNING, Retracted): "_retract",
+        (DecodeState.RUNNING, Refused): "_refuse",
         (DecodeState.RUNNING, Cancelled): "_cancel_running",
     }
 
@@ -234,6 +242,10 @@ class DecodeMachine(StateMachine[Action]):
 
     def _retract(self, event: Retracted, now: float) -> list[Action]:
         return self._end(FinishReason.RETRACTED, now)
+
+    def _refuse(self, event: Refused, now: float) -> list[Action]:
+        self.to(DecodeState.FINISHED)
+        return [ReleasePages(), Report(AttemptFailed(self.attempt.fence, Role.DECODE, Role.DECODE, event.error))]
 
     def _end(self, reason: FinishReason, now: float) -> list[Action]:
         self.to(DecodeState.FINISHED)
