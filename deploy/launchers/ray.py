@@ -3,7 +3,8 @@
 Bootstrap and router run beside `baton up`, on its own machine, which is a node of the Ray cluster (with KubeRay the
 head's pod, or a job's): so they have an address that clients know, and workers on any node can reach. The session
 supervises the workers as it does local ones: it is never Ray that starts one again (`max_restarts=0`), but always Ray
-that finds its place, so that the workers of a lost node come back on another one as soon as one has room.
+that finds its place, so that the workers of a lost node come back on another one as soon as one has room. A worker
+whose ranks are on several nodes has an actor on each, and the end of any is the end of the worker.
 
 What a worker prints is copied to NAME.log in the run directory while it runs: it is there after its node's end, too.
 """
@@ -15,7 +16,7 @@ import contextlib
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError
@@ -30,6 +31,7 @@ from deploy.launchers.local import LocalProcesses
 from deploy.launchers.processes import ProcessExit, ProcessSpec, ProcessStatus
 from deploy.launchers.ray_host import Parcel, RankSeat, Seat, WorkerHost
 from deploy.launchers.ray_topology import Need
+from deploy.launchers.spread import host_of
 from deploy.log_files import log_file, tail
 
 CALL_SECONDS = 10.0
@@ -38,15 +40,26 @@ CALL_SECONDS = 10.0
 _WORKERS = {ProcessKind.PREFILL: Role.PREFILL, ProcessKind.DECODE: Role.DECODE}
 
 
+class _Part(NamedTuple):
+    """What of a worker runs on one node."""
+
+    process: ProcessSpec
+    host: Any
+    gpus: Sequence[str]
+
+
 class _Life:
     """One worker from its start to its end."""
 
-    def __init__(self, host: Any, group: PlacementGroup | None, seats: Sequence[Any], need: Need) -> None:
-        self.host = host
+    def __init__(
+        self, hosts: Sequence[Any], need: Need, group: PlacementGroup | None = None, seats: Sequence[Any] = ()
+    ) -> None:
+        self.hosts = hosts
+        """An actor on each of its nodes; the first has the control process."""
+        self.need = need
         self.group = group
         self.seats = seats
-        """Actors of the further ranks."""
-        self.need = need
+        """Actors of the further ranks on one node."""
         self.seat: Seat | None = None
         """None: Ray has not found a place yet."""
         self.over = False
@@ -54,7 +67,7 @@ class _Life:
         self.task: asyncio.Task[None] | None = None
 
     def release(self) -> None:
-        for actor in (self.host, *self.seats):
+        for actor in (*self.hosts, *self.seats):
             with contextlib.suppress(RayError):
                 ray.kill(actor)
         if self.group is not None:
@@ -64,9 +77,17 @@ class _Life:
 class RayProcesses:
     """A `ProcessRunner`. Needs a connection to Ray, which belongs to the caller."""
 
-    def __init__(self, directory: Path, common: Sequence[str], needs: Mapping[Role, Need], parcel: Parcel) -> None:
-        """`common`: arguments of every process that runs on this machine."""
+    def __init__(
+        self,
+        directory: Path,
+        common: Sequence[str],
+        needs: Mapping[Role, Need],
+        parcel: Parcel,
+        scheme: str = "http",
+    ) -> None:
+        """`common`: arguments of every process that runs on this machine. `scheme`: of the workers' URLs."""
         self._directory = directory
+        self._scheme = scheme
         self._needs = needs
         self._parcel = parcel
         self._exits: asyncio.Queue[ProcessExit] = asyncio.Queue()
@@ -108,7 +129,7 @@ class RayProcesses:
 
     async def _live(self, process: ProcessSpec, life: _Life) -> None:
         try:
-            end = ProcessExit(process.name, await self._run(process, life))
+            end = await self._run(process, life)
         except RayError as error:
             end = ProcessExit(process.name, -signal.SIGKILL, lost=_reason(error))
         finally:
@@ -117,17 +138,43 @@ class RayProcesses:
         if not life.stopping:
             self._exits.put_nowait(end)
 
-    async def _run(self, process: ProcessSpec, life: _Life) -> int:
-        """Its exit code. Raises `RayError` if the actor or its node is lost."""
-        seat = life.seat = await life.host.seat.remote()
-        further = [await each.seat.remote() for each in life.seats]
-        gpus = [gpu for each in (seat, *further) for gpu in each.gpus]
-        placed = process._replace(arguments=(*process.arguments, "--host", seat.address))
-        copying = asyncio.ensure_future(self._copy_log(process.name, life.host))
+    async def _run(self, process: ProcessSpec, life: _Life) -> ProcessExit:
+        """The first end of any part. Raises `RayError` if an actor or its node is lost."""
+        parts = await self._placed(process, life)
+        running = [asyncio.ensure_future(self._run_part(part)) for part in parts]
         try:
-            code: int = await life.host.run.remote(placed, gpus)
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            part, code = next((part, each.result()) for part, each in zip(parts, running, strict=True) if each.done())
+        finally:
+            await cancel(*running)
+        if part is parts[0]:
+            return ProcessExit(process.name, code)
+        return ProcessExit(process.name, -signal.SIGKILL, lost=str(ProcessExit(part.process.name, code)))
+
+    async def _placed(self, process: ProcessSpec, life: _Life) -> list[_Part]:
+        """Waits until Ray has found a place for all of it."""
+        seats = [await host.seat.remote() for host in life.hosts]
+        further = [await each.seat.remote() for each in life.seats]
+        first = life.seat = seats[0]._replace(node=", ".join(seat.node for seat in seats))
+        arguments = (*process.arguments, "--host", first.address)
+        gpus = [gpu for each in (first, *further) for gpu in each.gpus]
+        if len(seats) == 1:
+            return [_Part(process._replace(arguments=arguments), life.hosts[0], gpus)]
+        port = await life.hosts[0].free_port.remote()
+        leader = f"{self._scheme}://{first.address}:{port}"
+        parts = [_Part(process._replace(arguments=(*arguments, "--port", str(port))), life.hosts[0], gpus)]
+        for node, (host, seat) in enumerate(zip(life.hosts[1:], seats[1:], strict=True), 1):
+            spec = host_of(process, node, len(seats), leader)
+            parts.append(_Part(spec._replace(arguments=(*spec.arguments, "--host", seat.address)), host, seat.gpus))
+        return parts
+
+    async def _run_part(self, part: _Part) -> int:
+        """Its exit code. Raises `RayError`."""
+        copying = asyncio.ensure_future(self._copy_log(part.process.name, part.host))
+        try:
+            code: int = await part.host.run.remote(part.process, part.gpus)
             await asyncio.wait({copying}, timeout=CALL_SECONDS)  # for its last words
-            await life.host.close.remote()
+            await part.host.close.remote()
         finally:
             await cancel(copying)
         return code
@@ -148,27 +195,41 @@ async def _end(name: str, life: _Life, grace_seconds: float) -> None:
         life.task.cancel()
     else:
         with contextlib.suppress(RayError, asyncio.TimeoutError):
-            await asyncio.wait_for(life.host.stop.remote(name, grace_seconds), grace_seconds + CALL_SECONDS)
+            await asyncio.wait_for(life.hosts[0].stop.remote(name, grace_seconds), grace_seconds + CALL_SECONDS)
     await asyncio.wait({life.task}, timeout=2 * CALL_SECONDS)
     await cancel(life.task)
 
 
 def _reserve(need: Need, parcel: Parcel) -> _Life:
-    """Actors that wait for their place, all of one worker on one node."""
-    options = {
-        "num_cpus": need.bundle.get("CPU", 0.0),
-        "num_gpus": need.bundle.get("GPU", 0.0),
-        "resources": {name: amount for name, amount in need.bundle.items() if name not in ("CPU", "GPU")},
-        "max_restarts": 0,
-    }
+    """Actors that wait for their places: all of one worker on one node, or on as many as it needs."""
     host, seat = ray.remote(WorkerHost), ray.remote(RankSeat)
     if need.ranks == 1:
         # Spread: with one node, a pool should not lose all of its workers.
-        return _Life(host.options(**options, scheduling_strategy="SPREAD").remote(parcel), None, [], need)
-    group = placement_group([dict(need.bundle)] * need.ranks, strategy="STRICT_PACK")
-    places = [PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank) for rank in range(need.ranks)]
-    seats = [seat.options(**options, scheduling_strategy=place).remote() for place in places[1:]]
-    return _Life(host.options(**options, scheduling_strategy=places[0]).remote(parcel), group, seats, need)
+        return _Life([host.options(**_options(need.bundle), scheduling_strategy="SPREAD").remote(parcel)], need)
+    bundles = need.bundles
+    group = placement_group(
+        [dict(each) for each in bundles], strategy="STRICT_PACK" if need.nodes == 1 else "STRICT_SPREAD"
+    )
+    places = [
+        {
+            **_options(each),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=at),
+        }
+        for at, each in enumerate(bundles)
+    ]
+    hosts = [host.options(**place).remote(parcel) for place in places[: need.nodes]]
+    seats = [seat.options(**place).remote() for place in places[need.nodes :]]
+    return _Life(hosts, need, group, seats)
+
+
+def _options(bundle: Mapping[str, float]) -> dict[str, Any]:
+    """Of an actor that takes so much."""
+    return {
+        "num_cpus": bundle.get("CPU", 0.0),
+        "num_gpus": bundle.get("GPU", 0.0),
+        "resources": {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")},
+        "max_restarts": 0,
+    }
 
 
 def _reason(error: RayError) -> str:

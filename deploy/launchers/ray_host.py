@@ -1,4 +1,5 @@
-"""The part of `deploy.launchers.ray` that runs on the nodes: one actor for each worker, which owns its processes.
+"""The part of `deploy.launchers.ray` that runs on the nodes: an actor for each worker, or for what of it is on a node,
+which owns its processes.
 
 The actor adds nothing to the worker but a place: it starts the control process as `baton up` would on its own machine,
 tells of its end, and hands out its log. The worker can't outlive it.
@@ -74,9 +75,15 @@ class WorkerHost:
     async def seat(self) -> Seat:
         return _take_seat()
 
+    async def free_port(self) -> int:
+        """That nobody listens on now, at any of this node's addresses."""
+        with socket.create_server(("", 0)) as listener:
+            port: int = listener.getsockname()[1]
+            return port
+
     async def run(self, spec: ProcessSpec, gpus: Sequence[str]) -> int:
-        """Runs the worker to its end; returns its exit code, also that of one who was stopped. `gpus`: of all ranks.
-        Raises `LaunchError` if it can't be started."""
+        """Runs the worker to its end; returns its exit code, also that of one who was stopped. `gpus`: of all ranks
+        here. Raises `LaunchError` if it can't be started."""
         topology = self._directory / "topology.yaml"
         topology.write_text(self._parcel.topology)
         environment = dict(self._parcel.environment)

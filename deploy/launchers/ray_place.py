@@ -48,7 +48,8 @@ def connected(topology: Topology) -> Iterator[Topology]:
 def make_runner(directory: Path, topology_file: Path) -> ProcessRunner:
     """For a topology of `connected`, as it was written for the processes of this machine."""
     topology = load_topology(topology_file)
-    return RayProcesses(directory, ("--topology", str(topology_file)), needs_of(topology), parcel_of(topology))
+    common = ("--topology", str(topology_file))
+    return RayProcesses(directory, common, needs_of(topology), parcel_of(topology), topology.internal_scheme)
 
 
 def _require_answer(address: str) -> None:

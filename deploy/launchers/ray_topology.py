@@ -22,9 +22,21 @@ class Need(NamedTuple):
     bundle: Mapping[str, float]
     """Of each rank, as Ray names resources: {"CPU": 1, "decode": 1}."""
     ranks: int
+    nodes: int = 1
+    """That the ranks are spread over."""
+
+    @property
+    def bundles(self) -> list[Mapping[str, float]]:
+        """What is reserved together: on one node a bundle for each rank, on several one for each node."""
+        if self.nodes == 1:
+            return [self.bundle] * self.ranks
+        each = self.ranks // self.nodes
+        return [{name: amount * each for name, amount in self.bundle.items()}] * self.nodes
 
     def __str__(self) -> str:
-        amounts = " and ".join(f"{amount:g} {name}" for name, amount in self.bundle.items()) or "room"
+        amounts = " and ".join(f"{amount:g} {name}" for name, amount in self.bundles[0].items()) or "room"
+        if self.nodes > 1:
+            return f"{self.nodes} nodes with {amounts} free on each"
         return f"a node with {amounts} free" + (f", {self.ranks} times" if self.ranks > 1 else "")
 
 
@@ -65,7 +77,7 @@ def parcel_of(topology: Topology) -> Parcel:
 
 def _need(reserved: RayPool, pool: Prefill | Decode) -> Need:
     bundle = {"CPU": reserved.cpus, "GPU": reserved.gpus, **reserved.resources}
-    return Need({name: amount for name, amount in bundle.items() if amount}, pool.tensor_parallel)
+    return Need({name: amount for name, amount in bundle.items() if amount}, pool.grid.ranks, pool.nodes)
 
 
 def _is_unspecified(host: str) -> bool:

@@ -31,6 +31,14 @@ def test_each_rank_reserves_what_its_pool_says():
     assert needs[Role.PREFILL] == Need({}, ranks=1)
 
 
+def test_a_worker_on_several_nodes_reserves_on_each_what_its_ranks_there_need():
+    ray = Ray(decode=RayPool(cpus=2, gpus=1))
+    needs = needs_of(Topology(model=Model(path="m"), ray=ray, decode=Decode(tensor_parallel=8, nodes=2)))
+    assert needs[Role.DECODE].bundles == [{"CPU": 8, "GPU": 4}] * 2
+    assert str(needs[Role.DECODE]) == "2 nodes with 8 CPU and 4 GPU free on each"
+    assert Need({"CPU": 1}, ranks=3).bundles == [{"CPU": 1}] * 3
+
+
 def test_the_nodes_get_the_secret_as_a_variable_and_the_topology_without_it(tmp_path):
     file = tmp_path / "secret"
     file.write_text(f"# ours\n{SECRET}\n{SECRET}, the old one\n")
