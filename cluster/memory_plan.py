@@ -19,6 +19,7 @@ class MemoryRequest(msgspec.Struct, frozen=True, kw_only=True):
     kv_dtype: KVDtype = KVDtype.AUTO
     kernels: Kernels = Kernels.AUTO
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
     page_size: int = 16
     chunk_tokens: int = 512
     max_running: int = 64

@@ -228,7 +228,8 @@ def plan_memory(
     gpu_memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Of one GPU: 80GiB. Default: on a CPU.")
     ] = None,
-    tensor_parallel: Annotated[int | None, typer.Option(min=1, help="Ranks that share the model.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(min=1, help="Ranks that share each layer.")] = None,
+    pipeline_parallel: Annotated[int | None, typer.Option(min=1, help="Stages that share the layers.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens of a request; default: the model's limit.")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at a time; default: 1.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of weights and activations.")] = None,
@@ -238,7 +239,7 @@ def plan_memory(
     """Compute a model's need of memory, without loading it."""
     topology = load_topology(topology_path, overrides) if topology_path else None
     gpu_bytes = parse_size(gpu_memory) if gpu_memory else None
-    wanted = MemoryWanted(tensor_parallel, context, concurrency, dtype, kv_dtype, gpu_bytes)
+    wanted = MemoryWanted(tensor_parallel, pipeline_parallel, context, concurrency, dtype, kv_dtype, gpu_bytes)
     plans = ask_engine(memory_requests(model, topology, wanted))
     if as_json:
         print(msgspec.json.encode(plans).decode())

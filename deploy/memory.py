@@ -40,6 +40,7 @@ class Wanted(NamedTuple):
     """What the command line says; None: nothing."""
 
     tensor_parallel: int | None
+    pipeline_parallel: int | None
     context: int | None
     concurrency: int | None
     dtype: Dtype | None
@@ -78,6 +79,7 @@ def _of_topology(topology: Topology, *, on_gpu: bool) -> list[MemoryRequest]:
             kv_dtype=topology.kv.dtype,
             kernels=topology.model.kernels,
             tensor_parallel=pool.tensor_parallel,
+            pipeline_parallel=pool.pipeline_parallel,
             page_size=topology.kv.page_size,
             chunk_tokens=pool.chunk_tokens,
             max_running=pool.max_running,

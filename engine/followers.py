@@ -3,11 +3,13 @@
     rank 0 -> follower    WarmUp, RunStep, and within a step GoOn or another RunStep
 
 Between two layers rank 0 may compute another step (`Engine.overtake`), and only it knows. So followers wait there,
-until they are told to go on: a few microseconds beside a layer's two sums over ranks.
+until they are told to go on: a few microseconds beside a layer's two sums over ranks. Not where the layers are divided
+among stages: there a step is on its way through them while rank 0 begins the next, and none overtakes another.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Union
 
@@ -20,6 +22,7 @@ from cluster.ranks import Frames
 from engine.attention.base import Span
 from engine.decoder import Decoder, Step
 from engine.kv_cache import KVCache
+from engine.line import Line
 
 
 class WarmUp(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -64,16 +67,35 @@ _GO_ON = msgspec.msgpack.encode(GoOn())
 
 
 class LeadingDecoder:
-    """Implements `Decoder` on rank 0: each step is `inner`'s, rank 0's part of the model, and the followers'."""
+    """Implements `Decoder` on rank 0: each step is `inner`'s, rank 0's part of the model, and the followers'. With a
+    `line`, the layers are divided among stages, of which rank 0 is in the first."""
 
-    def __init__(self, inner: Decoder, followers: Sequence[Frames]) -> None:
+    def __init__(self, inner: Decoder, followers: Sequence[Frames], line: Line | None = None) -> None:
         self.kernels = inner.kernels
         self._inner = inner
         self._followers = followers
+        self._line = line
         self._depth = 0
         """Steps that are being computed, one within the other."""
 
+    @property
+    def stages(self) -> int:
+        """Steps that can be on their way at the same time."""
+        return 1 if self._line is None else self._line.stages
+
+    def begin(self, step: Step, between_layers: Callable[[], None]) -> Callable[[], Tensor]:
+        """Computes rank 0's part of the step, and gives what waits for the rest: its logits, as `forward` gives them,
+        but in memory of their own. To be asked for in the order of the steps."""
+        if self._line is None:
+            logits = self.forward(step, between_layers)
+            return lambda: logits
+        self._order(msgspec.msgpack.encode(RunStep.of(step, pauses=False)))
+        self._inner.forward(step, between_layers)
+        return functools.partial(self._line.receive_answer, len(step.sampled))
+
     def forward(self, step: Step, between_layers: Callable[[], None] = lambda: None) -> Tensor:
+        if self._line is not None:
+            return self.begin(step, between_layers)()
         pauses = self._depth == 0
         self._order(msgspec.msgpack.encode(RunStep.of(step, pauses=pauses)))
 
@@ -101,11 +123,13 @@ class LeadingDecoder:
 
 
 class Follower:
-    """Another rank: computes its part of the model when rank 0 says so, on the thread that calls `run`."""
+    """Another rank: computes its part of the model when rank 0 says so, on the thread that calls `run`. `line`: see
+    `LeadingDecoder`."""
 
-    def __init__(self, decoder: Decoder, leader: Frames) -> None:
+    def __init__(self, decoder: Decoder, leader: Frames, line: Line | None = None) -> None:
         self._decoder = decoder
         self._leader = leader
+        self._line = line
         self._orders = msgspec.msgpack.Decoder(Order)
 
     def run(self) -> None:
@@ -119,7 +143,9 @@ class Follower:
                     self._compute(order)
 
     def _compute(self, order: RunStep) -> None:
-        self._decoder.forward(order.step(), self._pause if order.pauses else _nothing)
+        logits = self._decoder.forward(order.step(), self._pause if order.pauses else _nothing)
+        if self._line is not None:
+            self._line.answer(logits)
 
     def _pause(self) -> None:
         while isinstance(order := self._next(), RunStep):

@@ -20,7 +20,7 @@ from cluster.config import Dtype, Kernels, KVDtype, WeightsFrom
 from cluster.errors import BatonError, ConfigError
 from cluster.layout import DTYPE_BYTES, KVLayout
 from cluster.memory_plan import Capacity, MemoryPlan, MemoryRequest, RankMemory
-from cluster.shards import even_range, key_value_heads, query_heads
+from cluster.shards import Grid, even_range, key_value_heads, layers_of, query_heads
 from engine.attention.torch_paged import BLOCK_SCORES
 from engine.device import resolve_dtype
 from engine.huge_pages import Arena
@@ -53,8 +53,11 @@ def plan_memory(request: MemoryRequest, files: ModelFiles) -> MemoryPlan:
     context = request.context or config.context_length
     if context > config.context_length:
         raise ConfigError(f"a context of {context} tokens is more than the model's {config.context_length}")
-    if not 1 <= request.tensor_parallel <= config.heads:
-        raise ConfigError(f"{request.tensor_parallel} ranks can't share the model's {config.heads} query heads")
+    grid = Grid(request.tensor_parallel, request.pipeline_parallel)
+    if not 1 <= grid.shards <= config.heads:
+        raise ConfigError(f"{grid.shards} ranks can't share the model's {config.heads} query heads")
+    if not 1 <= grid.stages <= config.layers:
+        raise ConfigError(f"{grid.stages} stages can't share the model's {config.layers} layers")
     device = "cpu" if request.gpu_bytes is None else "cuda"
     dtype = _dtype(request.dtype, device)
     kv_dtype = (dtype if request.kv_dtype is KVDtype.AUTO else request.kv_dtype).value
@@ -62,19 +65,20 @@ def plan_memory(request: MemoryRequest, files: ModelFiles) -> MemoryPlan:
     kernels = _kernels(request, dtype, device)
     layout = KVLayout(
         checkpoint.identity, kv_dtype, request.page_size, config.layers, config.kv_heads, config.head_dim,
-        shards=request.tensor_parallel,
+        shards=grid.shards, stages=grid.stages,
     )  # fmt: skip
     pool_pages = request.concurrency * layout.pages_for(context)
     if request.pool_tokens is not None:
         pool_pages = layout.pages_for(request.pool_tokens)
     ranks: list[RankMemory] = []
-    for rank in range(request.tensor_parallel):
-        part = _part(config, request.tensor_parallel, rank)
-        sizes = held(part, dtype, kernels, device)
+    for rank in range(grid.ranks):
+        part = _part(config, grid, rank)
+        sizes = _of_stage(held(part, dtype, kernels, device), part, grid, rank, item)
+        kept = _kept(checkpoint.kept_bytes(), config, grid, rank) if device == "cuda" else {}
         page = layout.of_rank(rank).page_bytes
         ranks.append(
             RankMemory(
-                weights=_quantised(sizes, checkpoint.kept_bytes(), config, part, item) if device == "cuda" else sizes,
+                weights=_quantised(sizes, kept, config, part, item),
                 page=page,
                 pool=0,
                 activations=_activations(request, part, config.vocab_size, item, context),
@@ -138,24 +142,45 @@ def held(config: ModelConfig, dtype: Dtype, kernels: Kernels, device: str) -> Si
 
 
 def _quantised(plain: Sizes, kept: Mapping[str, int], config: ModelConfig, part: ModelConfig, item: int) -> Sizes:
-    """`plain`, with the layers' products as small as they are on disk where kernels take them so."""
+    """`plain`, with the layers' products as small as they are on disk where kernels take them so: `kept`."""
     sizes = Counter(plain)
-    whole, own = parameter_shapes(config), parameter_shapes(part)
+    whole = parameter_shapes(config)
+    own = parameter_shapes(msgspec.structs.replace(part, layers=config.layers))
     for name, size in kept.items():
         if kind_of(name) in ("attention", "mlp"):
             sizes[kind_of(name)] += size * math.prod(own[name]) // math.prod(whole[name]) - item * math.prod(own[name])
     return dict(sizes)
 
 
-def _part(config: ModelConfig, ranks: int, rank: int) -> ModelConfig:
-    """What a rank has, as a model for itself; as `engine.shard` divides it."""
+def _kept(sizes: Mapping[str, int], config: ModelConfig, grid: Grid, rank: int) -> Sizes:
+    """Of a rank's own layers."""
+    own = {f"model.layers.{layer}" for layer in layers_of(config.layers, grid.stages, grid.stage_of(rank))}
+    return {name: size for name, size in sizes.items() if ".".join(name.split(".")[:3]) in own}
+
+
+def _part(config: ModelConfig, grid: Grid, rank: int) -> ModelConfig:
+    """What a rank has, as a model for itself; as `engine.stage` and `engine.shard` divide it."""
+    shards, shard = grid.shards, grid.shard_of(rank)
     return msgspec.structs.replace(
         config,
-        heads=len(query_heads(config.heads, config.kv_heads, ranks, rank)),
-        kv_heads=len(key_value_heads(config.kv_heads, ranks, rank)),
-        intermediate_size=len(even_range(config.intermediate_size, ranks, rank, INNER_UNIT)),
-        vocab_size=len(even_range(config.vocab_size, ranks, rank, VOCABULARY_UNIT)),
+        layers=len(layers_of(config.layers, grid.stages, grid.stage_of(rank))),
+        heads=len(query_heads(config.heads, config.kv_heads, shards, shard)),
+        kv_heads=len(key_value_heads(config.kv_heads, shards, shard)),
+        intermediate_size=len(even_range(config.intermediate_size, shards, shard, INNER_UNIT)),
+        vocab_size=len(even_range(config.vocab_size, shards, shard, VOCABULARY_UNIT)),
     )
+
+
+def _of_stage(sizes: Sizes, part: ModelConfig, grid: Grid, rank: int, item: int) -> Sizes:
+    """Without the embedding, or the head and its norm, that other stages have."""
+    first, last = grid.stage_of(rank) == 0, grid.stage_of(rank) == grid.stages - 1
+    own = dict(sizes)
+    if not last:
+        own["head"] = 0
+        own["norms"] -= item * part.hidden_size
+    if not first and not (last and part.tied_embeddings):
+        own["embedding"] = 0
+    return own
 
 
 def _activations(request: MemoryRequest, part: ModelConfig, vocabulary: int, item: int, context: int) -> int:

@@ -20,7 +20,7 @@ from cluster.engine_messages import (
     RouterGone,
     ToRouter,
 )
-from cluster.errors import OutOfMemory, RequestError, StaleFence
+from cluster.errors import RequestError, StaleFence
 from cluster.ipc import ReceiveOnly
 from cluster.logging import get_logger
 from cluster.messages import (
@@ -49,7 +49,6 @@ log = get_logger(__name__)
 LINGER_SECONDS = 0.002
 """How long the next step may wait for the last pages of a prompt that is computed; they are few, for the others have
 gone out before."""
-NO_MEMORY = OutOfMemory("the prefill worker's device has no memory for a step with this request").to_info()
 PeerMessage = FromPeer | PeerUp | PeerDown
 RouterMessage = FromRouter | RouterGone
 FROM_PEERS: tuple[type[PeerMessage], ...] = (FromPeer, PeerUp, PeerDown)
@@ -167,22 +166,23 @@ class PrefillLoop:
         for handoff in ended:
             self._feed(handoff.fence, state.HandoffEnded(handoff.error, handoff.blame, handoff.timings), now)
         plan = self._engine.plan(now)
-        if plan is None:
-            return bool(ended)
-        self._compute(plan, now, lambda: self._between_layers(plan))
-        return True
+        if plan is not None:
+            self._start(plan, now)
+        result = self._engine.compute(plan, lambda: self._between_layers(plan))
+        if result is not None:
+            self._tell(result)
+        return bool(ended) or plan is not None or result is not None
 
-    def _compute(self, plan: StepPlan, now: float, between_layers: Callable[[], None]) -> None:
-        # Offers leave before the chunk is computed, so that grants wait for us and not we for them.
+    def _start(self, plan: StepPlan, now: float) -> None:
+        """Offers leave before the chunk is computed, so that grants wait for us and not we for them."""
+        # What is cached may have been so by a step that is under way.
+        settled = self._engine.under_way == 0
         for sequence in plan.started:
             self._attempts[sequence.key].pages = sequence.pages
-            self._feed(sequence.key, state.Started(sequence.cached), now)
-        result = self._engine.execute(plan, between_layers)
+            self._feed(sequence.key, state.Started(sequence.cached, settled), now)
+
+    def _tell(self, result: StepResult) -> None:
         now = self._clock.now()
-        for fence in result.refused:
-            known = self._attempts.get(fence)
-            if known is not None and known.machine.accepts(state.Refused):  # it may have ended meanwhile
-                self._feed(fence, state.Refused(NO_MEMORY), now)
         for progress in result.progress:
             self._feed(progress.key, state.ChunkComputed(progress.computed), now)
         self._emit(result)
@@ -195,12 +195,13 @@ class PrefillLoop:
         if result.sampled:
             self._sender.linger(LINGER_SECONDS)
 
-    def _between_layers(self, plan: StepPlan) -> None:
+    def _between_layers(self, plan: StepPlan | None) -> None:
         """Of a step that may be overtaken; those that overtake it may not."""
         self._attend_to_handoffs()
         now = self._clock.now()
-        if self._take_attempts(now) and (shorter := self._engine.overtake(plan, now)) is not None:
-            self._compute(shorter, now, self._attend_to_handoffs)
+        if plan is not None and self._take_attempts(now) and (shorter := self._engine.overtake(plan, now)) is not None:
+            self._start(shorter, now)
+            self._tell(self._engine.execute(shorter, self._attend_to_handoffs))
 
     def _take_attempts(self, now: float) -> bool:
         """Begins those that have come, in the middle of a step; whether there were any. Not behind the news that a

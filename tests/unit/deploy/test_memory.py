@@ -14,7 +14,7 @@ from cluster.model_files import DEMO_MODEL
 from cluster.settings import build, read_override
 from deploy.memory import Wanted, ask_engine, parse_size, requests, show
 
-NOTHING = Wanted(None, None, None, None, None, None)
+NOTHING = Wanted(None, None, None, None, None, None, None)
 GIB = 1 << 30
 
 

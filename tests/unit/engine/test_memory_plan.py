@@ -13,11 +13,14 @@ from cluster.errors import ConfigError
 from cluster.layout import KVLayout
 from cluster.memory_plan import MemoryRequest
 from cluster.model_files import DEMO_MODEL, resolve_model
+from cluster.shards import Grid
 from engine.decoders import make_decoder
 from engine.group import ThreadGroup, ThreadMeeting
 from engine.kv_cache import KVCache
+from engine.line import ThreadLine, ThreadMouths
 from engine.memory_plan import open_headers, plan_memory
 from engine.shard import Shard
+from engine.stage import Stage
 from engine.weights import open_model
 from tests.unit.engine.quantized_folders import FORMATS, write
 from tests.unit.engine.tiny import MODELS, SIZES, make_engine, make_model
@@ -62,16 +65,21 @@ def test_torch_takes_what_was_planned(tied, tmp_path):
     assert sum(plan.ranks[0].weights.values()) == decoder.weight_bytes
 
 
+@pytest.mark.parametrize("grid", [Grid(4), Grid(2, 2)])
 @pytest.mark.parametrize("name", MODELS)
-def test_each_rank_of_any_family_takes_what_was_planned(name, tmp_path):
+def test_each_rank_of_any_family_takes_what_was_planned(name, grid, tmp_path):
     make_model(MODELS[name]).save_pretrained(tmp_path)
-    plan = planned(tmp_path, dtype=Dtype.FLOAT32, kernels=Kernels.NATIVE, tensor_parallel=4)
+    parallel = {"tensor_parallel": grid.shards, "pipeline_parallel": grid.stages}
+    plan = planned(tmp_path, dtype=Dtype.FLOAT32, kernels=Kernels.NATIVE, **parallel)
     config, weights = open_model(tmp_path, WeightsFrom.FILES)
-    layout = KVLayout("m", "float32", 16, config.layers, config.kv_heads, config.head_dim, shards=4)
+    sizes = (config.layers, config.kv_heads, config.head_dim)
+    layout = KVLayout("m", "float32", 16, *sizes, shards=grid.shards, stages=grid.stages)
+    assert len(plan.ranks) == grid.ranks
     for rank, memory in enumerate(plan.ranks):
-        shard = Shard(config, ThreadGroup(ThreadMeeting(4), rank))
+        stage = Stage(config, ThreadLine(ThreadMouths(grid), rank))
+        shard = Shard(stage.config, ThreadGroup(ThreadMeeting(grid.shards), grid.shard_of(rank)))
         cache = KVCache(layout.of_rank(rank), plan.pool_tokens // 16 + 1, torch.device("cpu"))
-        decoder = make_decoder(Kernels.NATIVE, config, weights, cache, 1, shard)
+        decoder = make_decoder(Kernels.NATIVE, config, weights, cache, 1, shard, stage=stage)
         assert sum(memory.weights.values()) == decoder.weight_bytes
         assert memory.pool == cache.nbytes
 
@@ -138,5 +146,7 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path):
     make_model(MODELS["llama"]).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="7 ranks can't share the model's 6 query heads"):
         planned(tmp_path, tensor_parallel=7)
+    with pytest.raises(ConfigError, match=r"99 stages can't share the model's \d layers"):
+        planned(tmp_path, pipeline_parallel=99)
     with pytest.raises(ConfigError, match="a context of 257 tokens is more than the model's 256"):
         planned(tmp_path, context=257)
