@@ -20,7 +20,7 @@ from cluster.engine_messages import (
     RouterGone,
     ToRouter,
 )
-from cluster.errors import RequestError, StaleFence
+from cluster.errors import OutOfMemory, RequestError, StaleFence
 from cluster.ipc import ReceiveOnly
 from cluster.logging import get_logger
 from cluster.messages import (
@@ -49,6 +49,7 @@ log = get_logger(__name__)
 LINGER_SECONDS = 0.002
 """How long the next step may wait for the last pages of a prompt that is computed; they are few, for the others have
 gone out before."""
+NO_MEMORY = OutOfMemory("the prefill worker's device has no memory for a step with this request").to_info()
 PeerMessage = FromPeer | PeerUp | PeerDown
 RouterMessage = FromRouter | RouterGone
 FROM_PEERS: tuple[type[PeerMessage], ...] = (FromPeer, PeerUp, PeerDown)
@@ -183,6 +184,10 @@ class PrefillLoop:
 
     def _tell(self, result: StepResult) -> None:
         now = self._clock.now()
+        for fence in result.refused:
+            known = self._attempts.get(fence)
+            if known is not None and known.machine.accepts(state.Refused):  # it may have ended meanwhile
+                self._feed(fence, state.Refused(NO_MEMORY), now)
         for progress in result.progress:
             self._feed(progress.key, state.ChunkComputed(progress.computed), now)
         self._emit(result)

@@ -3,6 +3,7 @@
     QUEUED --Started--> COMPUTING --FirstToken--> HOLDING_KV --HandoffEnded--> RELEASED
                         COMPUTING --FirstToken (nobody to hand over to)-------> RELEASED
        any of them --Cancelled--> ABORTING --HandoffEnded--> RELEASED          (QUEUED: RELEASED at once)
+                        COMPUTING --Refused--> ABORTING                        (nobody to hand over to: RELEASED)
 
 ABORTING: the attempt has its outcome, but writes from its pages may be under way; they are given back when the handoff
 has ended, as in every other case. RELEASED is the end, and the leg's last word goes out with it.
@@ -62,6 +63,12 @@ class FirstToken(msgspec.Struct, frozen=True):
 
     token: int
     finished: FinishReason | None
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """The engine can't compute it, and has let go of it."""
+
+    error: ErrorInfo
 
 
 class HandoffEnded(msgspec.Struct, frozen=True):
@@ -128,6 +135,7 @@ class PrefillMachine(StateMachine[Action]):
         (PrefillState.QUEUED, Cancelled): "_cancel_queued",
         (PrefillState.COMPUTING, ChunkComputed): "_share",
         (PrefillState.COMPUTING, FirstToken): "_first_token",
+        (PrefillState.COMPUTING, Refused): "_refuse",
         (PrefillState.COMPUTING, HandoffEnded): "_lose_while_computing",
         (PrefillState.COMPUTING, Cancelled): "_cancel_computing",
         (PrefillState.HOLDING_KV, HandoffEnded): "_handed_over",
@@ -147,6 +155,7 @@ class PrefillMachine(StateMachine[Action]):
         self._cached = 0
         self._reason = FinishReason.CANCELLED
         """Of a leg that ends without a handoff."""
+        self._refusal: ErrorInfo | None = None
 
     def _start(self, event: Started, now: float) -> list[Action]:
         self._started_at = now
@@ -175,6 +184,13 @@ class PrefillMachine(StateMachine[Action]):
         self.to(PrefillState.HOLDING_KV)
         return [Complete(event.token)]
 
+    def _refuse(self, event: Refused, now: float) -> list[Action]:
+        self._refusal = event.error
+        if self.attempt.decode is None:
+            return self._release(self._refused(event.error))
+        self.to(PrefillState.ABORTING)
+        return [StopHandoff(event.error)]
+
     def _handed_over(self, event: HandoffEnded, now: float) -> list[Action]:
         if event.error is not None:
             return self._release(self._failed(event))
@@ -184,6 +200,8 @@ class PrefillMachine(StateMachine[Action]):
         return [DropSequence(), *self._release(self._failed(event))]
 
     def _aborted(self, event: HandoffEnded, now: float) -> list[Action]:
+        if self._refusal is not None:
+            return self._release(self._refused(self._refusal))
         return self._release(self._finished(self._reason))
 
     def _cancel_queued(self, event: Cancelled, now: float) -> list[Action]:
@@ -218,6 +236,9 @@ class PrefillMachine(StateMachine[Action]):
                 self.attempt.fence, Role.PREFILL, reason, prefill=timings if self._chunks else None, handoff=handoff
             )
         )
+
+    def _refused(self, error: ErrorInfo) -> Report:
+        return Report(AttemptFailed(self.attempt.fence, Role.PREFILL, Role.PREFILL, error))
 
     def _failed(self, event: HandoffEnded) -> Report:
         """An error without blame is the decode leg's cancel: it has given up on its own."""
