@@ -31,7 +31,7 @@ async def test_a_worker_for_which_no_node_has_room_is_named_with_what_it_waits_f
     baton = Baton(tmp_path)
     settings = (*stand_ins_on_ray(baton, ray_nodes.address), "ray.decode.resources={unobtainium: 1}")
     chosen = [word for setting in settings for word in ("--set", setting)]
-    await baton.start("up", "t.yaml", "--start-timeout", "3", *chosen)
+    await baton.start("up", "t.yaml", "--log-dir", "run", "--start-timeout", "3", *chosen)
     assert await baton.ends() == 1
     assert "decode-1, which waits for a node with 1 CPU and 1 unobtainium free" in baton.output
 
