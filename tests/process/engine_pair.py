@@ -9,6 +9,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from cluster.config import KV, Decode, Dtype, Model, Prefill, Topology, TransferName, WeightsFrom
 from cluster.engine_host import EngineHost
 from cluster.engine_messages import EngineReady, FromPeer, FromRouter, PeerUp, ToPeer, ToRouter
@@ -24,6 +26,7 @@ from cluster.messages import (
     Sampling,
     Tokens,
 )
+from cluster.shards import Grid
 from cluster.topology import dump_topology
 from engine.engine import Engine, EngineConfig
 from engine.environment import engine_environment
@@ -42,15 +45,19 @@ TINY = {
 CHUNK_TOKENS = 32
 
 
-def topology_of(folder: Path, transfer: str, prefill: int, decode: int) -> Topology:
+def topology_of(folder: Path, transfer: str, prefill: Grid, decode: Grid) -> Topology:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(TINY))
     return Topology(
         model=Model(path=str(folder), dtype=Dtype.FLOAT32, weights=WeightsFrom.DUMMY),
         kv=KV(page_size=4, pool_tokens=1024, transfer=TransferName(transfer), network=NETWORK),
-        prefill=Prefill(tensor_parallel=prefill, chunk_tokens=CHUNK_TOKENS, max_running=4),
-        decode=Decode(tensor_parallel=decode, chunk_tokens=CHUNK_TOKENS, max_running=4),
+        prefill=Prefill(**_divided(prefill), chunk_tokens=CHUNK_TOKENS, max_running=4),
+        decode=Decode(**_divided(decode), chunk_tokens=CHUNK_TOKENS, max_running=4),
     )
+
+
+def _divided(grid: Grid) -> dict[str, int]:
+    return {"tensor_parallel": grid.shards, "pipeline_parallel": grid.stages}
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -60,7 +67,8 @@ def prompts(count: int) -> list[list[int]]:
 
 def expected_tokens(topology: Topology, prompt: Sequence[int], sampling: Sampling) -> list[int]:
     """By one process that has all of the model."""
-    engine = Engine(EngineConfig.from_topology(topology, topology.decode, threads=1))
+    whole = msgspec.structs.replace(topology.decode, tensor_parallel=1, pipeline_parallel=1)
+    engine = Engine(EngineConfig.from_topology(topology, whole, threads=1))
     engine.submit(EngineSequence(Fence("alone", 1, 0, 0), list(prompt), [], sampling))
     tokens: list[int] = []
     while result := engine.step():
@@ -89,7 +97,7 @@ class EnginePair:
         for role, pool in ((Role.PREFILL, topology.prefill), (Role.DECODE, topology.decode)):
             arguments = ["--topology", str(file), "--index", "0", "--name", role.value, "--host", "127.0.0.1"]
             module = f"{role.value}_worker.engine_process"
-            hosts[role] = await EngineHost.start(module, arguments, environment, pool.tensor_parallel)
+            hosts[role] = await EngineHost.start(module, arguments, environment, pool.grid.ranks)
         try:
             ready = dict(zip(hosts, await asyncio.gather(*(host.ready() for host in hosts.values())), strict=True))
         except BatonError:

@@ -14,6 +14,7 @@ from cluster.config import Decode, Model, Topology
 from cluster.engine_host import EngineHost
 from cluster.errors import WorkerLost
 from cluster.messages import Role, Sampling
+from cluster.shards import Grid
 from cluster.topology import dump_topology
 from tests.process.engine_pair import EnginePair, expected_tokens, prompts, topology_of
 
@@ -72,8 +73,9 @@ async def test_the_death_of_one_rank_is_that_of_all(host, rank):
     assert all_dead(processes)
 
 
-async def test_one_rank_hands_over_to_two(tmp_path):
-    topology = topology_of(tmp_path / "model", "nixl", 1, 2)
+async def test_two_stages_hand_over_to_two_shards(tmp_path):
+    """The longest prompt is four chunks, which follow each other through the stages."""
+    topology = topology_of(tmp_path / "model", "nixl", Grid(stages=2), Grid(shards=2))
     pair = await EnginePair.start(tmp_path, topology)
     try:
         asked = {f"r{number}": prompt for number, prompt in enumerate(prompts(4))}
