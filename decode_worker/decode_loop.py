@@ -180,17 +180,19 @@ class DecodeLoop:
         self._lease_pages(now)
         self._refuse_orphans(now)
         plan = self._engine.plan(now)
-        if plan is None:
-            return bool(events)
-        for sequence in plan.started:
+        for sequence in plan.started if plan is not None else ():
             if self._attempts[sequence.key].machine.accepts(state.PrefillStarted):
                 self._feed(sequence.key, state.PrefillStarted(sequence.cached), now)
-        self._compute(plan)
-        return True
+        result = self._compute(plan)
+        if result is not None:
+            self._tell(result)
+        return bool(events) or plan is not None or result is not None
 
-    def _compute(self, plan: StepPlan) -> None:
+    def _compute(self, plan: StepPlan | None) -> StepResult | None:
         between_layers = self._attend_to_handoffs if self._receiver.active else _nothing
-        result = self._engine.execute(plan, between_layers)
+        return self._engine.compute(plan, between_layers)
+
+    def _tell(self, result: StepResult) -> None:
         now = self._clock.now()
         for fence in result.refused:
             known = self._attempts.get(fence)

@@ -81,6 +81,8 @@ class SimMemory:
         self._buffer = (ctypes.c_uint64 * (self.nbytes // WORD))()
         self.address = ctypes.addressof(self._buffer)
         self.words = memoryview(self._buffer).cast("B").cast("Q")
+        self.pool = torch.empty(0)
+        """Says that this is a CPU's."""
 
 
 class SimStep(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cluster.config import SchedulingPolicy
+from cluster.config import SchedulingPolicy, Switch
 from tests.unit.engine.tiny import MODELS, make_engine, make_model, prompts, sequence
 
 NEW_TOKENS = 44
@@ -25,6 +25,11 @@ MODES = {
     "everything": {
         "policy": SchedulingPolicy.SHORTEST_FIRST, "retract_every_steps": 4, "conservativeness": 0.7,
         "prefill_delay_seconds": 0.05, "commit_quantile": 0.5, "pool_pages": 80,
+    },
+    "ahead": {"ahead": Switch.ALWAYS},
+    "ahead, with retractions": {
+        "ahead": Switch.ALWAYS, "retract_every_steps": 3, "conservativeness": 0.7, "commit_quantile": 0.5,
+        "pool_pages": 80,
     },
 }  # fmt: skip
 LAYOUTS = [(True, 16), (True, 2048), (False, 64), (False, 2048)]
@@ -54,6 +59,8 @@ class Run:
             if not self._live:
                 break
             self._step()
+        while (rest := self.engine.step(self.now)) is not None:  # behind a stop token
+            assert not rest.sampled
         self.engine.ledger.check()
         self.engine.prefixes.check()
         assert self.engine.pages_used == 0 and not self._live

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.config import Switch
 from tests.unit.workers.pair import Pair, tiny_engine
 
+ENGINES = {
+    "prefix-cache": ({}, {}),
+    "no-cache": ({"prefix_cache": False}, {"prefix_cache": False}),
+    "ahead": ({}, {"ahead": Switch.ALWAYS}),
+}
+"""What is peculiar about prefill's engine, and about decode's."""
 
-@pytest.fixture(params=[True, False], ids=["prefix-cache", "no-cache"])
+
+@pytest.fixture(params=ENGINES)
 def pair(tmp_path, request):
-    engines = [tiny_engine(tmp_path / "m", prefix_cache=request.param) for _ in range(2)]
-    return Pair(*engines)
+    return Pair(*(tiny_engine(tmp_path / "m", **settings) for settings in ENGINES[request.param]))

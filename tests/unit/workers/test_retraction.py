@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cluster.config import SchedulingPolicy
+from cluster.config import SchedulingPolicy, Switch
 from cluster.engine_messages import FromRouter
 from cluster.messages import (
     AttemptFailed,
@@ -130,12 +130,16 @@ def expected(tmp_path_factory):
     return answers
 
 
-@pytest.mark.parametrize("cache", [True, False], ids=["prefix-cache", "no-cache"])
+@pytest.mark.parametrize(
+    ("cache", "ahead"),
+    [(True, Switch.NEVER), (False, Switch.NEVER), (True, Switch.ALWAYS)],
+    ids=["prefix-cache", "no-cache", "ahead"],
+)
 @pytest.mark.parametrize("unified", [False, True], ids=["1p1d", "unified"])
 @pytest.mark.parametrize("policy", [SchedulingPolicy.FIRST_COME, SchedulingPolicy.PRIORITY])
-def test_requests_that_outgrow_the_pool_give_the_same_tokens(tmp_path, expected, policy, unified, cache):
+def test_requests_that_outgrow_the_pool_give_the_same_tokens(tmp_path, expected, policy, unified, cache, ahead):
     settings = {"prefix_cache": cache, "policy": policy}
-    decode = tiny_engine(tmp_path / "m", pool_pages=70, commit_quantile=0.5, **settings)
+    decode = tiny_engine(tmp_path / "m", pool_pages=70, commit_quantile=0.5, ahead=ahead, **settings)
     requests = Requests(Pair(tiny_engine(tmp_path / "m", pool_pages=200, **settings), decode), unified=unified)
     teach_short_answers(requests)
     assert ask_all(requests) == expected
@@ -144,9 +148,10 @@ def test_requests_that_outgrow_the_pool_give_the_same_tokens(tmp_path, expected,
     assert {requests.ends[name] for name in expected} == {FinishReason.LENGTH}
 
 
+@pytest.mark.parametrize("ahead", [Switch.NEVER, Switch.ALWAYS])
 @pytest.mark.parametrize("unified", [False, True], ids=["1p1d", "unified"])
-def test_a_retraction_at_each_step_changes_nothing(tmp_path, expected, unified):
-    decode = tiny_engine(tmp_path / "m", pool_pages=600, retract_every_steps=1)
+def test_a_retraction_at_each_step_changes_nothing(tmp_path, expected, unified, ahead):
+    decode = tiny_engine(tmp_path / "m", pool_pages=600, retract_every_steps=1, ahead=ahead)
     requests = Requests(Pair(tiny_engine(tmp_path / "m", pool_pages=200), decode), unified=unified)
     assert ask_all(requests) == expected
     assert max(requests.attempts.values()) > 30
