@@ -62,12 +62,16 @@ def make_model(config: PreTrainedConfig):
     return model
 
 
-def make_engine(path: Path, **settings) -> Engine:
+def config_of(path: Path, **settings) -> EngineConfig:
     defaults = {
         "model_path": path, "model_name": "tiny", "dtype": Dtype.FLOAT32, "page_size": 4, "pool_pages": 128,
         "max_running": 8, "chunk_tokens": 16,
     }  # fmt: skip
-    return Engine(EngineConfig(**defaults | settings))
+    return EngineConfig(**defaults | settings)
+
+
+def make_engine(path: Path, **settings) -> Engine:
+    return Engine(config_of(path, **settings))
 
 
 def sequence(key, prompt, max_tokens, *, output=(), computed=0, temperature=0.0, **sampling) -> Sequence:
