@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 
 from bench.cluster import Cluster
+from cluster.shards import Grid
 from tests.process.api import Api, eventually
 from tests.process.conftest import FLOAT32, TOPOLOGIES
 from tests.process.processes import Processes
@@ -15,8 +16,20 @@ from tests.process.reader import Reader
 
 LONGEST_SILENCE = 600.0
 """Seconds: several engine processes start anew meanwhile."""
-PAIRS = [(prefill, decode) for prefill in (1, 2, 3) for decode in (1, 2, 3) if (prefill, decode) != (1, 1)]
-"""Of three key/value heads, two ranks have two and one; the pair (1, 1) is every other test's."""
+SHARDED = [
+    (Grid(prefill), Grid(decode)) for prefill in (1, 2, 3) for decode in (1, 2, 3) if (prefill, decode) != (1, 1)
+]
+"""Of three key/value heads, two shards have two and one; the pair (1, 1) is every other test's."""
+STAGED = [
+    (Grid(stages=2), Grid()),
+    (Grid(), Grid(stages=2)),
+    (Grid(stages=2), Grid(stages=3)),
+    (Grid(shards=3, stages=2), Grid()),
+    (Grid(shards=2), Grid(shards=2, stages=2)),
+]
+"""Of thirty layers, three stages have ten each."""
+SHARDS, STAGES = (Grid(2), Grid(3)), (Grid(stages=2), Grid(stages=2))
+"""Prefill and decode worker as some of them die."""
 LONGEST = 520
 """Tokens of a prompt: several chunks and many pages."""
 CONCURRENT = 4
@@ -47,26 +60,38 @@ async def expect_reference_tokens(api, reference) -> None:
     assert not {case.name: answer.tokens for case, answer in pairs if answer.tokens != case.expected}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-async def test_ranks_together_give_the_tokens_of_one(ranks, http, reference, tmp_path):
-    settings = (*FLOAT32, f"decode.tensor_parallel={ranks}")
+def name_of(grid: Grid) -> str:
+    return f"{grid.shards}x{grid.stages}"
+
+
+def divided_into(prefill: Grid, decode: Grid) -> tuple[str, ...]:
+    return tuple(
+        f"{pool}.{key}={count}"
+        for pool, grid in (("prefill", prefill), ("decode", decode))
+        for key, count in (("tensor_parallel", grid.shards), ("pipeline_parallel", grid.stages))
+    )
+
+
+@pytest.mark.parametrize("grid", [Grid(2), Grid(3), Grid(stages=2), Grid(shards=2, stages=2)], ids=name_of)
+async def test_ranks_together_give_the_tokens_of_one(grid, http, reference, tmp_path):
+    settings = (*FLOAT32, *divided_into(Grid(), grid))
     with Cluster(TOPOLOGIES / "unified.yaml", settings, tmp_path) as cluster:
         await expect_reference_tokens(Api(http, cluster.url), reference)
 
 
 @pytest.mark.parametrize("transfer", ["nixl", "mooncake"])
-@pytest.mark.parametrize(("prefill", "decode"), PAIRS)
+@pytest.mark.parametrize(("prefill", "decode"), SHARDED + STAGED, ids=name_of)
 async def test_any_ranks_hand_over_to_any(prefill, decode, transfer, http, reference, tmp_path):
-    sizes = (f"prefill.tensor_parallel={prefill}", f"decode.tensor_parallel={decode}", f"kv.transfer={transfer}")
-    with Cluster(TOPOLOGIES / "demo.yaml", (*FLOAT32, *sizes), tmp_path) as cluster:
+    settings = (*FLOAT32, *divided_into(prefill, decode), f"kv.transfer={transfer}")
+    with Cluster(TOPOLOGIES / "demo.yaml", settings, tmp_path) as cluster:
         await expect_reference_tokens(Api(http, cluster.url), reference)
 
 
 @pytest.fixture(scope="module")
-def divided(tmp_path_factory):
-    """Two ranks hand over to three; both sides may lose some, again and again."""
-    sizes = ("prefill.tensor_parallel=2", "decode.tensor_parallel=3", "restarts.most=20")
-    processes = Processes(TOPOLOGIES / "demo.yaml", tmp_path_factory.mktemp("divided"), (*FLOAT32, *sizes), 300.0)
+def divided(request, tmp_path_factory):
+    """Some ranks hand over to others; both sides may lose some, again and again."""
+    settings = (*FLOAT32, *divided_into(*request.param), "restarts.most=20")
+    processes = Processes(TOPOLOGIES / "demo.yaml", tmp_path_factory.mktemp("divided"), settings, 300.0)
     try:
         for name in ("bootstrap", "router", "prefill-0", "decode-0"):
             processes.start(name)
@@ -77,7 +102,18 @@ def divided(tmp_path_factory):
         processes.close()
 
 
-@pytest.mark.parametrize(("worker", "rank"), [("decode-0", 2), ("decode-0", 0), ("prefill-0", 1)])
+@pytest.mark.parametrize(
+    ("divided", "worker", "rank"),
+    [
+        (SHARDS, "decode-0", 2),
+        (SHARDS, "decode-0", 0),
+        (SHARDS, "prefill-0", 1),
+        (STAGES, "decode-0", 1),
+        (STAGES, "prefill-0", 1),
+    ],
+    indirect=["divided"],
+    ids=["shard", "first shard", "shard of prefill", "last stage", "last stage of prefill"],
+)
 async def test_a_request_survives_the_death_of_a_rank_with_its_tokens(worker, rank, divided, http, reference):
     api, prompt = Api(http, divided.url), reference.named("raw-513").prompt
     greedy = (await api.stream(prompt, ignore_eos=True, **LONG_ENOUGH)).tokens
