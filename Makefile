@@ -14,7 +14,7 @@ STAMP := $(VENV)/.baton-setup
 LOCKS := requirements/cpu.lock requirements/demo-model.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-shards test-rdma test-ray test-chart test-kubernetes test-gpu bench bench-handoff bench-chat bench-profile \
+.PHONY: help setup setup-gpu setup-ray lock demo serve check format test test-unit test-sim test-soak test-fault test-shards test-rdma test-ray test-chart test-kubernetes test-gpu bench bench-handoff bench-gpu bench-chat bench-profile \
 	setup-bench peers bench-peers docs dashboards clean
 
 help:  ## list the targets
@@ -105,6 +105,8 @@ test-kubernetes: setup  ## the chart on a real Kubernetes, whose servers are bui
 test-gpu: setup  ## the tests that need an NVIDIA GPU
 	@if ! nvidia-smi -L 2>/dev/null | grep -q GPU; then \
 		echo "No NVIDIA GPU here (nvidia-smi finds none): no GPU test was run."; \
+		echo "They need: an NVIDIA GPU with its driver, torch with CUDA and flashinfer (make setup setup-gpu), and nvcc (CUDA's"; \
+		echo "toolkit), by which flashinfer compiles its kernels at their first use unless its package of cubins is installed."; \
 	else $(BIN)/pytest tests/gpu $(ARGS); fi
 
 bench: setup  ## 1 prefill + 1 decode worker against the best unified cluster: mixed load, goodput, picture (25 minutes)
@@ -113,6 +115,9 @@ bench: setup  ## 1 prefill + 1 decode worker against the best unified cluster: m
 
 bench-handoff: setup  ## handoff of KV pages against a bare loop over NIXL and Mooncake (3 minutes)
 	$(BIN)/python -m bench handoff $(ARGS)
+
+bench-gpu: setup  ## one GPU: decode steps, prefill and handoff beside what bounds them; fails without one
+	$(BIN)/python -m bench gpu $(ARGS)
 
 bench-chat: setup  ## conversations, turn by turn (2 minutes)
 	$(BIN)/python -m bench chat $(ARGS)

@@ -9,6 +9,7 @@ from bench.commands.comparing import compare_command
 from bench.commands.control_plane import control_plane_command
 from bench.commands.engine import engine_command
 from bench.commands.goodput import goodput_command
+from bench.commands.gpu import gpu_command
 from bench.commands.handoff import handoff_command
 from bench.commands.idling import idle_command
 from bench.commands.loading import load_command, memcpy_command
@@ -24,6 +25,7 @@ app.command("compare")(compare_command)
 app.command("control-plane")(control_plane_command)
 app.command("engine")(engine_command)
 app.command("goodput")(goodput_command)
+app.command("gpu")(gpu_command)
 app.command("handoff")(handoff_command)
 app.command("idle")(idle_command)
 app.command("load")(load_command)

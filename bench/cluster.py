@@ -19,7 +19,8 @@ from cluster.errors import LaunchError
 from cluster.messages import MemberStatus, Role
 from cluster.topology import load_topology
 
-READY_SECONDS = 180.0
+READY_SECONDS = 900.0
+"""On a GPU the first start compiles kernels; `baton up` itself tells of what can't start."""
 STOP_SECONDS = 40.0
 POLL_SECONDS = 0.1
 HTTP_SECONDS = 5.0

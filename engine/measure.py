@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from itertools import count, pairwise
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,13 +18,11 @@ import torch
 
 from cluster.config import Dtype, Kernels, WeightsFrom
 from cluster.engine_speed import EngineSpeed
-from cluster.messages import Fence, Sampling
 from cluster.model_files import resolve_model
 from engine.engine import Engine, EngineConfig
 from engine.environment import engine_environment
 from engine.linear import make_linear
-from engine.model_config import ModelConfig
-from engine.sequence import Sequence as EngineSequence
+from engine.timing import Prompts, least_seconds, median_seconds, seconds_of_prefill, weights_per_token, while_decoding
 from engine.weights import open_model
 
 REPEATS = 9
@@ -53,10 +47,10 @@ def measure(model: Path, dtype: Dtype, threads: int, kernels: Kernels) -> Engine
         )
     )  # fmt: skip
     engine.warm_up()
-    prompts = _Prompts(architecture.vocab_size)
-    prefill = _seconds_of_prefill(engine, prompts)
+    prompts = Prompts(architecture.vocab_size)
+    prefill = seconds_of_prefill(engine, prompts, PROMPT_TOKENS, REPEATS)
     decode = {batch: _seconds_of_step(engine, prompts, batch) for batch in BATCHES}
-    weights = _weights_per_token(architecture)
+    weights = weights_per_token(architecture)
     head = architecture.vocab_size * architecture.hidden_size
     flops = 2 * (weights * PROMPT_TOKENS + head)
     return EngineSpeed(
@@ -72,43 +66,13 @@ def measure(model: Path, dtype: Dtype, threads: int, kernels: Kernels) -> Engine
     )
 
 
-class _Prompts:
-    """Random prompts under keys of their own."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._draw = random.Random(0)
-        self._numbers = count()
-
-    def sequence(self, tokens: int, max_tokens: int) -> EngineSequence:
-        prompt = [self._draw.randrange(self._vocab_size) for _ in range(tokens)]
-        key = Fence(f"measured-{next(self._numbers)}", 1, 0, 0)
-        return EngineSequence(key, prompt, [], Sampling(max_tokens=max_tokens, seed=0, temperature=0.0))
-
-
-def _seconds_of_prefill(engine: Engine, prompts: _Prompts) -> float:
-    def prefill() -> None:
-        sequence = prompts.sequence(PROMPT_TOKENS, 1)
-        engine.submit(sequence)
-        while engine.step():
-            pass
-        engine.release(sequence.key)
-
-    return _median_seconds(prefill, REPEATS)
-
-
-def _seconds_of_step(engine: Engine, prompts: _Prompts, batch: int) -> float:
+def _seconds_of_step(engine: Engine, prompts: Prompts, batch: int) -> float:
     """Of a decode step of so many sequences."""
-    sequences = [prompts.sequence(CONTEXT_TOKENS, 2 * DECODE_STEPS) for _ in range(batch)]
-    for sequence in sequences:
-        engine.submit(sequence)
-    while engine.queued_tokens:
-        engine.step()
-    seconds = _median_seconds(engine.step, DECODE_STEPS)
-    for sequence in sequences:
-        engine.cancel(sequence.key)
-        engine.release(sequence.key)
-    return seconds
+
+    def steps() -> float:
+        return median_seconds(engine.step, DECODE_STEPS)
+
+    return while_decoding(engine, prompts, batch, CONTEXT_TOKENS, 2 * DECODE_STEPS, steps)
 
 
 def _product_peak(dtype: torch.dtype) -> float:
@@ -116,38 +80,13 @@ def _product_peak(dtype: torch.dtype) -> float:
     left, right = torch.randn(2, PEAK_SIDE, PEAK_SIDE).to(dtype)
     packed = make_linear(right)
     with torch.inference_mode():
-        seconds = min(_least_seconds(lambda: packed(left)), _least_seconds(lambda: left @ right))
+        seconds = min(least_seconds(lambda: packed(left), REPEATS), least_seconds(lambda: left @ right, REPEATS))
     return 2 * PEAK_SIDE**3 / seconds
 
 
 def _read_peak() -> float:
     memory = torch.ones(READ_BYTES // 4)
-    return READ_BYTES / _least_seconds(lambda: memory.sum())
-
-
-def _weights_per_token(config: ModelConfig) -> int:
-    """Values of all layers' matrices."""
-    attention = config.hidden_size * config.head_dim * 2 * (config.heads + config.kv_heads)
-    return config.layers * (attention + 3 * config.hidden_size * config.intermediate_size)
-
-
-def _times(call: Callable[[], object], repeats: int) -> list[float]:
-    """After one call that is not counted."""
-    call()
-    marks = [time.perf_counter()]
-    for _ in range(repeats):
-        call()
-        marks.append(time.perf_counter())
-    return [end - begin for begin, end in pairwise(marks)]
-
-
-def _median_seconds(call: Callable[[], object], repeats: int) -> float:
-    return statistics.median(_times(call, repeats))
-
-
-def _least_seconds(call: Callable[[], object]) -> float:
-    """A peak is what was reached once."""
-    return min(_times(call, REPEATS))
+    return READ_BYTES / least_seconds(lambda: memory.sum(), REPEATS)
 
 
 def main(arguments: Sequence[str]) -> None:

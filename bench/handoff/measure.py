@@ -84,7 +84,7 @@ def measure_handoff(
     )
     whole = _bandwidth((*settings, f"prefill.chunk_tokens={prompt_tokens}"), prompt_tokens, repeats, seed, log_dir)
     tell(f"{transfer.value}: {whole.baton.median:.2f} GB/s, bare {whole.bare.median:.2f} GB/s")
-    exposed = _exposed(settings, prompt_tokens, repeats, seed, log_dir)
+    exposed = measure_exposed(settings, prompt_tokens, repeats, seed, log_dir)
     tell(f"{transfer.value}: exposed {exposed.share.median:.1%} of prefill's time")
     return Handed(transfer, prompt_tokens, whole, exposed)
 
@@ -107,7 +107,8 @@ def _bandwidth(settings: Sequence[str], prompt_tokens: int, repeats: int, seed: 
     return Bandwidth(middle.pages, page_bytes, middle.batches, Repeated.over(baton), Repeated.over(bare))
 
 
-def _exposed(settings: Sequence[str], prompt_tokens: int, repeats: int, seed: int, log_dir: Path) -> Exposed:
+def measure_exposed(settings: Sequence[str], prompt_tokens: int, repeats: int, seed: int, log_dir: Path) -> Exposed:
+    """On a cluster of the topology's own chunks. Raises `LaunchError`, `ConfigError`."""
     topology = load_topology(SPLIT, settings)
     with Cluster(SPLIT, settings, log_dir / f"{topology.kv.transfer.value}-chunks") as cluster:
         found = _Handoffs(cluster, prompt_tokens, seed).run(repeats)
