@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.messages import MemberStatus, Role
+from cluster.shards import Grid
 from deploy.launchers.base import ProcessKind, Replica, ReplicaState
 
 _HEALTH_STYLES = {"ready": "green", "unready": "yellow", "stalled": "red", "silent": "red"}
@@ -26,13 +27,17 @@ def health(status: MemberStatus, lease_seconds: float) -> str:
 
 def status_table(workers: Sequence[MemberStatus], lease_seconds: float, others: Sequence[Replica] = ()) -> Table:
     """One row for each worker, prefill pool first. `others` are those that their launcher knows and bootstrap does
-    not."""
+    not. A worker's ranks have a column where any has more than one."""
     table = Table(box=None, pad_edge=False)
-    for name in ("worker", "role", "epoch", "health"):
+    divided = any(status.member.layout.grid.ranks > 1 for status in workers)
+    for name in ("worker", "role", "epoch", "health", *(("ranks",) if divided else ())):
         table.add_column(name)
     for name in ("queued", "running", "KV pages", "quarantined", "steps", "heartbeat"):
         table.add_column(name, justify="right")
-    rows = {(status.member.role.value, status.member.worker): _row(status, lease_seconds) for status in workers}
+    rows = {
+        (status.member.role.value, status.member.worker): _row(status, lease_seconds, divided=divided)
+        for status in workers
+    }
     rows |= {(replica.kind.value, replica.name): _other_row(replica) for replica in others}
     for role, name in sorted(rows, key=lambda row: (row[0] != Role.PREFILL.value, *row)):
         table.add_row(*rows[role, name])
@@ -52,7 +57,7 @@ def replica_table(replicas: Sequence[Replica]) -> Table:
     return table
 
 
-def _row(status: MemberStatus, lease_seconds: float) -> list[str | Text]:
+def _row(status: MemberStatus, lease_seconds: float, *, divided: bool) -> list[str | Text]:
     member, load = status.member, status.load
     word = health(status, lease_seconds)
     return [
@@ -60,6 +65,7 @@ def _row(status: MemberStatus, lease_seconds: float) -> list[str | Text]:
         member.role.value,
         short_epoch(member.epoch),
         Text(word, _HEALTH_STYLES[word]),
+        *([_ranks(member.layout.grid)] if divided else []),
         str(load.queued),
         str(load.running),
         f"{load.pages_used}/{load.pages_total}",
@@ -67,6 +73,11 @@ def _row(status: MemberStatus, lease_seconds: float) -> list[str | Text]:
         str(load.steps),
         f"{status.age_seconds:.1f} s ago",
     ]
+
+
+def _ranks(grid: Grid) -> str:
+    """How many; of several stages, in each."""
+    return str(grid.shards) if grid.stages == 1 else f"{grid.stages} stages x {grid.shards}"
 
 
 def _other_row(replica: Replica) -> list[str | Text]:

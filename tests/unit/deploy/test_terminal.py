@@ -3,6 +3,7 @@
 import io
 import json
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -49,6 +50,15 @@ def test_the_pools_are_shown_prefill_first():
     assert rows[1][:2] == ["prefill-1", "prefill"]
     assert rows[1][3:] == ["ready", "2", "1", "3/8", "1", "7", "0.5", "s", "ago"]
     assert rows[2][3] == "silent"
+
+
+def test_ranks_have_a_column_where_there_are_several():
+    whole, divided = member_status("prefill-0"), member_status("decode-0")
+    layout = msgspec.structs.replace(divided.member.layout, shards=3, stages=2)
+    divided = msgspec.structs.replace(divided, member=msgspec.structs.replace(divided.member, layout=layout))
+    rows = printed(status_table([whole, divided], 3.0))
+    assert rows[0][4] == "ranks"
+    assert (rows[1][4], rows[2][4:8]) == ("1", ["2", "stages", "x", "3"])
 
 
 def test_an_event_of_the_answers_stream():
