@@ -397,7 +397,8 @@ class Engine:
                 self._warm_up_step(pages, [1] * min(batch, len(pages)))
             chunk_seconds, step_seconds = (self._time_step(pages, length) for length in (tokens, 1))
         self.ledger.release(owner)
-        token_seconds = max(0.0, chunk_seconds - step_seconds) / max(1, tokens - 1)
+        # While a chunk goes through all stages, others do so behind it.
+        token_seconds = max(0.0, chunk_seconds - step_seconds) / max(1, tokens - 1) / config.grid.stages
         return Speed(step_seconds, token_seconds, self._pacing.budget(decodes=1))
 
     def _time_step(self, pages: list[int], length: int) -> float:
