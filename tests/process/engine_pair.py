@@ -43,6 +43,8 @@ TINY = {
 }  # fmt: skip
 """As the demo model, nine query heads read three key/value heads."""
 CHUNK_TOKENS = 32
+GREEDY = Sampling(max_tokens=12, seed=1, temperature=0.0)
+SAMPLED = Sampling(max_tokens=12, seed=9, temperature=0.9)
 
 
 def topology_of(folder: Path, transfer: str, prefill: Grid, decode: Grid) -> Topology:
@@ -74,6 +76,23 @@ def expected_tokens(topology: Topology, prompt: Sequence[int], sampling: Samplin
     while result := engine.step():
         tokens += [sampled.token for sampled in result.sampled]
     return tokens
+
+
+async def expect_tokens_of_one(topology: Topology, directory: Path, seconds: float) -> None:
+    """Prompts of one chunk to four, handed over side by side, have the tokens of one process that has all."""
+    pair = await EnginePair.start(directory, topology)
+    try:
+        asked = {f"r{number}": prompt for number, prompt in enumerate(prompts(4))}
+        samplings = {request: SAMPLED if request == "r3" else GREEDY for request in asked}
+        for request, prompt in asked.items():
+            pair.ask(request, prompt, samplings[request])
+        for request, prompt in asked.items():
+            assert await pair.answer(request, seconds) == expected_tokens(topology, prompt, samplings[request])
+        ended = pair.ended["r3", Role.PREFILL]
+        assert isinstance(ended, AttemptFinished) and ended.handoff is not None
+        assert ended.handoff.bytes == ended.handoff.pages * pair.ready[Role.PREFILL].layout.page_bytes
+    finally:
+        await pair.close()
 
 
 class EnginePair:

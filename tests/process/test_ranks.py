@@ -13,16 +13,13 @@ import pytest
 from cluster.config import Decode, Model, Topology
 from cluster.engine_host import EngineHost
 from cluster.errors import WorkerLost
-from cluster.messages import Role, Sampling
 from cluster.shards import Grid
 from cluster.topology import dump_topology
-from tests.process.engine_pair import EnginePair, expected_tokens, prompts, topology_of
+from tests.process.engine_pair import expect_tokens_of_one, topology_of
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 RANKS = 2
 SOON = 150.0
-GREEDY = Sampling(max_tokens=12, seed=1, temperature=0.0)
-SAMPLED = Sampling(max_tokens=12, seed=9, temperature=0.9)
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -75,16 +72,4 @@ async def test_the_death_of_one_rank_is_that_of_all(host, rank):
 
 async def test_two_stages_hand_over_to_two_shards(tmp_path):
     """The longest prompt is four chunks, which follow each other through the stages."""
-    topology = topology_of(tmp_path / "model", "nixl", Grid(stages=2), Grid(shards=2))
-    pair = await EnginePair.start(tmp_path, topology)
-    try:
-        asked = {f"r{number}": prompt for number, prompt in enumerate(prompts(4))}
-        samplings = {request: SAMPLED if request == "r3" else GREEDY for request in asked}
-        for request, prompt in asked.items():
-            pair.ask(request, prompt, samplings[request])
-        for request, prompt in asked.items():
-            assert await pair.answer(request, SOON) == expected_tokens(topology, prompt, samplings[request])
-        handed = pair.ended["r3", Role.PREFILL].handoff
-        assert handed.bytes == handed.pages * pair.ready[Role.PREFILL].layout.page_bytes
-    finally:
-        await pair.close()
+    await expect_tokens_of_one(topology_of(tmp_path / "model", "nixl", Grid(stages=2), Grid(shards=2)), tmp_path, SOON)
