@@ -10,7 +10,7 @@ from tests.process.conftest import FLOAT32, TOPOLOGIES
 
 TOPOLOGY_OF = {
     "1p1d-nixl": None,  # the session's own
-    "1p1d-mooncake": ("demo.yaml", "kv.transfer=mooncake"),
+    "1p1d-mooncake-ahead": ("demo.yaml", "kv.transfer=mooncake", "decode.scheduling.ahead=always"),
     "2p2d-mooncake-retracting": ("2p2d.yaml", "kv.transfer=mooncake", "decode.scheduling.retract_every_steps=5"),
     "unified": ("unified.yaml", "decode.cpus=[[1]]"),  # the clients need a core too
 }
