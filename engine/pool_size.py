@@ -26,8 +26,8 @@ TRIAL_PAGES = 1
 """Pages of the pool's memory that no ledger gives out: transfer connections are tried on the last page."""
 NESTED_STEPS = 2
 """A step may be computed between two layers of another, with buffers of its own."""
-SAMPLER_COPIES = 3
-"""Logits, their probabilities, and those in order; float32."""
+SAMPLER_COPIES = 8
+"""Of float32 logits, at most: they, their probabilities, what a filter leaves and looks for, and sums in float64."""
 FLOAT_BYTES = 4
 _PROFILED = Fence("profile", 0, 0, 0)
 

@@ -83,13 +83,13 @@ class Decoder:
 def room(fraction, page_bytes=MIB):
     memory = Memory()
     decoder = Decoder(memory)
-    largest = LargestStep(config(), context=250, vocabulary=MIB // 48)
+    largest = LargestStep(config(), context=250, vocabulary=MIB // 128)
     return decoder, room_left(memory, fraction, page_bytes, decoder, largest)
 
 
 def test_the_pool_is_what_the_fraction_leaves_beside_weights_and_two_of_the_largest_steps():
     decoder, found = room(0.8)
-    assert found == Room(pages=399, work_space=2 * 50 * MIB + 1_048_560)
+    assert found == Room(pages=399, work_space=2 * 50 * MIB + MIB)
     assert len(decoder.step.tokens) == 103
     assert decoder.step.positions[-1] == 249
     assert {page for span in decoder.step.spans for page in span.pages} == {0}
