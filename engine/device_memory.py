@@ -70,12 +70,9 @@ class CudaMemory:
         return torch.cuda.max_memory_reserved(self._device) + self._outside_torch()
 
     def graphs(self) -> int:
+        # This process has one device, so all of them are its.
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
-        return sum(
-            segment["total_size"]
-            for segment in segments
-            if segment["device"] == self._device.index and tuple(segment["segment_pool_id"]) != _NO_GRAPH
-        )
+        return sum(each["total_size"] for each in segments if tuple(each["segment_pool_id"]) != _NO_GRAPH)
 
     def _outside_torch(self) -> int:
         others = self.total - self.free() - torch.cuda.memory_reserved(self._device)

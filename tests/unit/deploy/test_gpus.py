@@ -5,11 +5,13 @@ import pytest
 from cluster.config import KV, Decode, Device, Model, Prefill, Topology
 from cluster.errors import ConfigError
 from cluster.messages import Role
+from deploy import places
 from deploy.gpus import GpuDealer, deal_gpus, memory_note, share_memory, visible_gpus
 from deploy.launchers.base import ProcessKind
 from deploy.launchers.local import LocalProcesses
 from deploy.launchers.processes import ProcessSpec
 from deploy.log_files import log_file
+from deploy.places import open_place
 from deploy.plan import processes, worker
 
 
@@ -82,6 +84,19 @@ def test_who_shares_a_gpu_shares_its_memory_unless_the_topology_says_how(kv, gpu
     shared = share_memory(given, GpuDealer(given, gpus))
     assert shared.kv == expected
     assert note in memory_note(shared)
+
+
+def test_whoever_starts_a_cluster_is_told_who_is_where_and_what_each_takes(monkeypatch):
+    monkeypatch.setattr(places, "visible_gpus", lambda environment: ["3"])
+    with open_place(topology()) as place:
+        assert place.topology.kv.memory_fraction == 0.45
+        assert place.notes == [
+            "GPU 3: prefill-0, decode-0, who share it",
+            "each rank takes 45.0% of its GPU's memory (kv.memory_fraction)",
+        ]
+    monkeypatch.setattr(places, "visible_gpus", lambda environment: [])
+    with open_place(topology(Device.AUTO)) as place:
+        assert (place.topology, list(place.notes)) == (topology(Device.AUTO), [])
 
 
 def test_on_a_cpu_nothing_is_dealt():

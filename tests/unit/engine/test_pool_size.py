@@ -10,7 +10,7 @@ import torch
 
 from cluster.config import DEFAULT_MEMORY_FRACTION, DEFAULT_POOL_TOKENS, Dtype, Kernels
 from cluster.errors import ConfigError
-from engine.device_memory import HostMemory, MemoryAccount, cgroup_room, full_is_refused
+from engine.device_memory import CudaMemory, HostMemory, MemoryAccount, cgroup_room, full_is_refused
 from engine.engine_config import EngineConfig
 from engine.group import ThreadGroup, ThreadMeeting
 from engine.pool_size import LargestStep, Room, fraction_of, least_of_all, pages_asked_for, room_left
@@ -140,6 +140,28 @@ def test_an_engine_that_sizes_its_own_pool_gives_the_same_tokens(kernels, tmp_pa
     assert use.pool == engine.pool_bytes
     assert 0 < use.weights < use.total
     assert use.activations > 0
+
+
+@pytest.mark.parametrize(("others", "outside"), [(0.0, 0.5), (40.0, 2.0)])
+def test_of_a_gpu_torch_tells_its_own_and_the_driver_the_rest_but_not_other_processes(monkeypatch, others, outside):
+    gib, reserved = 1 << 30, [8.0]
+    segments = [{"total_size": 3 * gib, "segment_pool_id": (0, 7)}, {"total_size": 5 * gib, "segment_pool_id": (0, 0)}]
+    driver = {
+        "mem_get_info": lambda device: (int((80 - 0.5 - others - reserved[0]) * gib), 80 * gib),
+        "memory_reserved": lambda device: int(reserved[0] * gib),
+        "max_memory_reserved": lambda device: int(11 * gib),
+        "reset_peak_memory_stats": lambda device: None,
+        "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
+        "memory_snapshot": lambda: segments,
+    }
+    for name, function in driver.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    memory = CudaMemory(torch.device("cuda", 0))
+    assert (memory.total, memory.held(), memory.graphs()) == (80 * gib, (8 + outside) * gib, 3 * gib)
+    memory.watch()
+    assert memory.peak() - memory.held() == 3 * gib
+    assert memory.free() == (80 - 0.5 - others - 8) * gib
 
 
 def test_what_a_step_took_for_a_moment_is_seen():
