@@ -184,9 +184,10 @@ class Scheduler:
         prompts: list[Sequence] = []
         most = self._most_decodes()
         for sequence in self._running.values():
-            if sequence.at_limit or not sequence.pending:
+            pending = sequence.pending
+            if not pending or (sequence.unread and sequence.at_limit):
                 continue
-            if sequence.pending > 1:
+            if pending > 1:
                 prompts.append(sequence)
             elif len(decodes) < most and self._grow(sequence):
                 decodes.append(Chunk(sequence, sequence.computed, sequence.length))
@@ -400,8 +401,10 @@ class Scheduler:
 
     def _lacking(self, sequence: Sequence) -> int:
         """Pages that it needs for the tokens it has, and does not have."""
-        missing = min(sequence.length, sequence.capacity) - len(sequence.pages) * self._page_size
-        return self._pages_for(missing) if missing > 0 else 0
+        held = len(sequence.pages) * self._page_size
+        if sequence.length <= held:
+            return 0
+        return self._pages_for(max(0, min(sequence.length, sequence.capacity) - held))
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self._page_size)
