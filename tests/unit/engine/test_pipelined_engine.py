@@ -3,30 +3,19 @@ are those of one that has all layers."""
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import threading
 from itertools import pairwise
 
 import pytest
 
 from cluster.config import SchedulingPolicy
 from cluster.messages import FinishReason
-from cluster.ranks import ALONE, Frames, Rank, RankGone
 from cluster.shards import Grid
-from engine import loaded_model
-from engine.engine import Engine
-from engine.followers import Follower
-from engine.group import ThreadGroup, ThreadMeeting
-from engine.joining import Parts
-from engine.line import ThreadLine, ThreadMouths
-from engine.shard import Shard
-from engine.stage import Stage
-from tests.unit.engine.tiny import MODELS, VOCABULARY, config_of, make_model, prompts, sequence
+from tests.unit.engine.thread_ranks import ThreadRanks
+from tests.unit.engine.tiny import MODELS, VOCABULARY, config_of, make_engine, make_model, prompts, sequence
 
+WHOLE = Grid()
 LENGTHS = (1, 3, 4, 15, 16, 17, 40, 70)
 MANY_STOPS = list(range(0, VOCABULARY, 9))
-LATE = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -36,57 +25,20 @@ def folder(tmp_path_factory):
     return path
 
 
-class Meeting:
-    """In place of `join_ranks`: the ranks are threads of this process."""
-
-    def __init__(self, grid):
-        self.mouths = ThreadMouths(grid)
-        self.everyone = ThreadMeeting(grid.ranks)
-        self.stages = [ThreadMeeting(grid.shards) for _ in range(grid.stages)]
-
-    def join(self, config, grid, rank, device):
-        if rank.size == 1:
-            return Parts(None, None, None)
-        stage = Stage(config, ThreadLine(self.mouths, rank.number))
-        shard = None
-        if grid.shards > 1:
-            together = self.stages[grid.stage_of(rank.number)]
-            shard = Shard(stage.config, ThreadGroup(together, grid.shard_of(rank.number)))
-        return Parts(ThreadGroup(self.everyone, rank.number), stage, shard)
-
-
 @pytest.fixture
-def make(folder, monkeypatch):
+def make(folder):
     """Makes an engine of a grid of ranks; its followers end with the test."""
-    leaders, threads = [], []
+    made = []
 
-    def follow(config, rank):
-        model = loaded_model.load_model(config, rank)
-        with contextlib.suppress(RankGone):
-            Follower(model.decoder, rank.steps[0], model.line).run()
-        rank.steps[0].close()
-
-    def engine(grid=Grid(), **settings):  # noqa: B008
-        monkeypatch.setattr(loaded_model, "join_ranks", Meeting(grid).join)
-        config = config_of(folder, grid=grid, **settings)
-        if grid.ranks == 1:
-            return Engine(config, rank=ALONE)
-        ours = []
-        for number in range(1, grid.ranks):
-            end, other = (Frames(each) for each in socket.socketpair())
-            ours.append(end)
-            rank = Rank(number, grid.ranks, steps=(other,))
-            threads.append(threading.Thread(target=follow, args=(config, rank), daemon=True))
-            threads[-1].start()
-        leaders.extend(ours)
-        return Engine(config, rank=Rank(0, grid.ranks, steps=tuple(ours)))
+    def engine(grid=WHOLE, **settings):
+        if grid == WHOLE:
+            return make_engine(folder, **settings)
+        made.append(ThreadRanks(config_of(folder, grid=grid, **settings)))
+        return made[-1].engine
 
     yield engine
-    for leader in leaders:
-        leader.close()
-    for thread in threads:
-        thread.join(LATE)
-        assert not thread.is_alive()
+    for ranks in made:
+        ranks.close()
 
 
 def asked():

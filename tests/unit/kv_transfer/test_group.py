@@ -18,28 +18,13 @@ from kv_transfer.digests import PageDigests
 from kv_transfer.driver import TransferDriver
 from kv_transfer.receiver import HandoffFailed, HandoffReceiver, KVArrived, LeaseEnded, OfferArrived
 from kv_transfer.sender import HandoffSender
-from tests.unit.kv_transfer.world import DECODE_EPOCH, PREFILL_EPOCH, InlinePort, Pool, fence
+from tests.unit.kv_transfer.world import DECODE_EPOCH, PREFILL_EPOCH, FollowerPort, InlinePort, Pool, fence
 
 LAYOUT = KVLayout(model="test", dtype="float16", page_size=4, layers=2, kv_heads=3, head_dim=2)
 GRIDS = [*map(Grid, range(1, 6)), Grid(1, 2), Grid(2, 2), Grid(3, 2), Grid(4, 2)]
 PAGES = 12
 SOURCES, TARGETS = (1, 2, 3), (7, 5, 9)
 TOKENS = 10
-
-
-class FollowerPort:
-    """A follower's transfers in the same process: its results come by rank 0's port."""
-
-    def __init__(self, own: InlinePort, first: InlinePort) -> None:
-        self._own = own
-        self._first = first
-
-    def post(self, command):
-        self._own.post(command)
-
-    def run(self) -> None:
-        self._own.run()
-        self._first._results += self._own.results()
 
 
 class Worker:

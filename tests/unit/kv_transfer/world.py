@@ -77,6 +77,21 @@ class InlinePort:
             self._results += self.driver.turn()
 
 
+class FollowerPort:
+    """A `RankPort` in the same process: its results come by rank 0's port."""
+
+    def __init__(self, own: InlinePort, first: InlinePort) -> None:
+        self._own = own
+        self._first = first
+
+    def post(self, command: Command) -> None:
+        self._own.post(command)
+
+    def run(self, turns: int = 1) -> None:
+        self._own.run(turns)
+        self._first._results += self._own.results()
+
+
 class World:
     """`to_decode` and `to_prefill` are the wires; `deliver` moves one message."""
 

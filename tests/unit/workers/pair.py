@@ -8,16 +8,22 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
+import pytest
 
 from cluster.clock import ManualClock
-from cluster.config import Dtype, WeightsFrom
+from cluster.config import Dtype, Switch, WeightsFrom
 from cluster.engine_messages import FromPeer, FromRouter, PeerDown, PeerUp, ToRouter
 from cluster.messages import (
     AttemptFailed,
     AttemptFinished,
     CancelAttempt,
     DecodeAttempt,
+    EngineRank,
     Fence,
     Message,
     PeerHello,
@@ -30,6 +36,7 @@ from cluster.messages import (
 from decode_worker.decode_loop import DecodeLoop
 from decode_worker.quarantine_state import QuarantineWatch
 from engine.engine import Engine, EngineConfig
+from engine.kv_cache import KVCache
 from kv_transfer.backends.base import PoolMemory
 from kv_transfer.backends.memory import MemoryBackend, MemoryFabric
 from kv_transfer.digests import PageDigests
@@ -37,12 +44,21 @@ from kv_transfer.driver import TransferDriver
 from kv_transfer.receiver import HandoffReceiver
 from kv_transfer.sender import HandoffSender
 from prefill_worker.prefill_loop import PrefillLoop
-from tests.unit.kv_transfer.world import InlinePort
+from tests.unit.kv_transfer.world import FollowerPort, InlinePort
 
 PREFILL_EPOCH, DECODE_EPOCH = 100, 200
 QUARANTINE_SECONDS, DRAIN_SECONDS = 30.0, 60.0
 ROUTER = "router"
 GREEDY = Sampling(max_tokens=6, seed=1, temperature=0.0)
+ENGINES = {
+    "prefix-cache": ({}, {}),
+    "no-cache": ({"prefix_cache": False}, {"prefix_cache": False}),
+    "ahead": ({}, {"ahead": Switch.ALWAYS}),
+}
+"""What is peculiar about prefill's engine, and about decode's."""
+STAGES = "stages"
+"""Both workers have two; several steps are under way. For tests that don't count on what comes with which step."""
+WITH_STAGES = pytest.mark.parametrize("pair", [*ENGINES, STAGES], indirect=True)
 TINY_LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -70,15 +86,9 @@ def tiny_engine(
     **scheduling,
 ) -> Engine:
     """Random weights, the same in each engine; pages of 4 tokens."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
     return Engine(
-        EngineConfig(
-            model_path=folder,
-            model_name="tiny",
-            dtype=Dtype.FLOAT32,
-            weights=WeightsFrom.DUMMY,
-            page_size=4,
+        tiny_config(
+            folder,
             pool_pages=pool_pages,
             max_running=max_running,
             chunk_tokens=chunk_tokens,
@@ -88,14 +98,28 @@ def tiny_engine(
     )
 
 
+def tiny_config(folder: Path, **settings) -> EngineConfig:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
+    return EngineConfig(
+        model_path=folder, model_name="tiny", dtype=Dtype.FLOAT32, weights=WeightsFrom.DUMMY, page_size=4, **settings
+    )
+
+
 def prompt(length: int, seed: int = 0) -> list[int]:
     return random.Random(seed).choices(range(128), k=length)
 
 
 class Pair:
-    """Both loops, connected. `dead` holds the pids of processes that count as dead."""
+    """Both loops, connected. `dead` holds the pids of processes that count as dead. `pools`: of the other ranks of the
+    two workers."""
 
-    def __init__(self, prefill_engine: Engine, decode_engine: Engine) -> None:
+    def __init__(
+        self,
+        prefill_engine: Engine,
+        decode_engine: Engine,
+        pools: Mapping[str, Sequence[KVCache]] = MappingProxyType({}),
+    ) -> None:
         self.clock = ManualClock(1000.0)
         self.fabric = MemoryFabric()
         self.dead: set[int] = set()
@@ -106,14 +130,28 @@ class Pair:
         self.to_decode: deque[Message] = deque()
         self.router: dict[Fence, list[Message]] = defaultdict(list)
         self.engines = {"prefill": prefill_engine, "decode": decode_engine}
-        self.ports = {name: self._port(name, engine) for name, engine in self.engines.items()}
+        self.ranks: dict[str, list[EngineRank]] = defaultdict(list)
+        self.ports = {
+            name: self._port(
+                name, PoolMemory(engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes)
+            )
+            for name, engine in self.engines.items()
+        }
+        self.followers = {
+            name: [
+                FollowerPort(self._port(name, PoolMemory(pool.address, pool.pages, pool.page_bytes)), first)
+                for pool in pools.get(name, ())
+            ]
+            for name, first in self.ports.items()
+        }
         self.sender = HandoffSender(
             self.ports["prefill"], prefill_engine.layout, self._peer_wire(self.to_decode, "prefill", PREFILL_EPOCH),
-            self.clock, True, epoch=PREFILL_EPOCH,
+            self.clock, True, epoch=PREFILL_EPOCH, followers=self.followers["prefill"],
         )  # fmt: skip
         self.receiver = HandoffReceiver(
             self.ports["decode"], decode_engine.layout, self._peer_wire(self.to_prefill, "decode", DECODE_EPOCH),
             self.clock, True, epoch=DECODE_EPOCH, is_dead=lambda process: process.pid in self.dead,
+            followers=self.followers["decode"],
         )  # fmt: skip
         self.prefill = PrefillLoop(
             prefill_engine,
@@ -136,10 +174,11 @@ class Pair:
         )
         self.connect()
 
-    def _port(self, name: str, engine: Engine) -> InlinePort:
-        pool = PoolMemory(engine.pool_address, engine.pool_bytes // engine.page_bytes, engine.page_bytes)
-        backend = MemoryBackend(self.fabric, name, pool)
-        self.descriptors = {**getattr(self, "descriptors", {}), name: backend.descriptor}
+    def _port(self, name: str, pool: PoolMemory) -> InlinePort:
+        """Of the worker's next rank."""
+        ranks, epoch = self.ranks[name], PREFILL_EPOCH if name == "prefill" else DECODE_EPOCH
+        backend = MemoryBackend(self.fabric, f"{name}-{len(ranks)}", pool)
+        ranks.append(EngineRank(backend.descriptor, ProcessIdentity("boot", "namespace", epoch + len(ranks), 1)))
         return InlinePort(TransferDriver(backend, PageDigests(pool), self.clock))
 
     def _peer_wire(self, wire, worker, epoch):
@@ -172,11 +211,9 @@ class Pair:
             (Role.DECODE, DECODE_EPOCH, self.to_prefill),
             (Role.PREFILL, PREFILL_EPOCH, self.to_decode),
         ):
-            layout = self.engines[role.value].layout
-            identity = ProcessIdentity("boot", "namespace", epoch, 1)
-            wire.append(
-                PeerUp(PeerHello(role.value, role, epoch, layout, "memory", self.descriptors[role.value], identity))
-            )
+            layout, (first, *others) = self.engines[role.value].layout, self.ranks[role.value]
+            hello = PeerHello(role.value, role, epoch, layout, "memory", first.descriptor, first.process)
+            wire.append(PeerUp(msgspec.structs.replace(hello, followers=others)))
 
     def disconnect(self) -> None:
         """What the peers have on the wire is lost."""
@@ -238,7 +275,8 @@ class Pair:
 
     def _port_turn(self, worker: str) -> bool:
         happened = bool(self.ports[worker].commands)
-        self.ports[worker].run(turns=10)
+        for port in (self.ports[worker], *self.followers[worker]):
+            port.run(turns=10)
         return happened
 
     def settle(self, turns: int = 5000) -> None:

@@ -21,12 +21,14 @@ from tests.unit.workers.pair import (
     GREEDY,
     PREFILL_EPOCH,
     QUARANTINE_SECONDS,
+    WITH_STAGES,
     Pair,
     prompt,
     tiny_engine,
 )
 
 
+@WITH_STAGES
 def test_damaged_pages_fail_the_request_and_nothing_is_decoded_from_them(pair):
     pair.fabric.corrupt_writes.add(0)
     fence = pair.request("damaged", prompt(40), GREEDY)
@@ -153,6 +155,7 @@ def test_a_worker_whose_quarantine_ends_in_time_goes_on(tmp_path):
     assert len(pair.tokens(after)) == 6
 
 
+@WITH_STAGES
 def test_random_requests_and_cancels_leave_nothing_behind(pair):
     chance = random.Random(5)
     live: list[Fence] = []

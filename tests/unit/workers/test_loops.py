@@ -26,6 +26,7 @@ from tests.unit.workers.pair import (
     GREEDY,
     PREFILL_EPOCH,
     ROUTER,
+    WITH_STAGES,
     Pair,
     prompt,
     tiny_engine,
@@ -33,6 +34,7 @@ from tests.unit.workers.pair import (
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 15, 16, 17, 31, 32, 33, 100])
+@WITH_STAGES
 def test_a_handed_over_request_gives_the_tokens_of_a_unified_one(pair, length):
     split = pair.request("split", prompt(length), GREEDY)
     unified = pair.request("unified", prompt(length), GREEDY, legs="decode")
@@ -226,6 +228,7 @@ def test_an_attempt_behind_the_news_that_its_router_was_gone_lives(tmp_path):
     pair.assert_nothing_left()
 
 
+@WITH_STAGES
 def test_seeded_sampling_is_the_same_split_and_unified_alone_and_in_a_batch(pair):
     sampling = Sampling(max_tokens=12, seed=77, temperature=1.5, top_p=0.95)
     alone = pair.request("alone", prompt(9), sampling)
@@ -246,6 +249,7 @@ def test_a_one_token_request_needs_no_decode_leg(pair):
     pair.assert_nothing_left()
 
 
+@WITH_STAGES
 def test_a_first_token_that_ends_the_request_frees_both_sides(pair):
     reference = pair.request("reference", prompt(20), GREEDY)
     pair.settle()
@@ -259,6 +263,7 @@ def test_a_first_token_that_ends_the_request_frees_both_sides(pair):
 
 
 @pytest.mark.parametrize("legs", ["prefill decode", "decode", "prefill"])
+@WITH_STAGES
 def test_a_cancel_at_any_moment_gives_everything_back_with_one_last_word_per_leg(pair, legs):
     for moment in range(24):
         fence = pair.request(f"r{moment}", prompt(40, seed=moment), GREEDY, legs=legs)
@@ -271,6 +276,7 @@ def test_a_cancel_at_any_moment_gives_everything_back_with_one_last_word_per_leg
 
 
 @pytest.mark.parametrize("moment", range(0, 16, 2))
+@WITH_STAGES
 def test_a_router_that_is_gone_cancels_its_attempts_alone(pair, moment):
     mine = pair.request("mine", prompt(40), GREEDY)
     other = Fence("other", 1, PREFILL_EPOCH, DECODE_EPOCH)
