@@ -14,8 +14,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from cluster.access.security import ClusterSecurity
 from cluster.clock import MonotonicClock
-from cluster.config import Model, Topology
+from cluster.config import Model, Security, Topology
 from cluster.engine_host import EngineHost
 from cluster.engine_messages import EngineReady
 from cluster.errors import ConfigError, WorkerLost
@@ -38,6 +39,7 @@ class Spread:
     """A worker's control process, as far as its ranks are concerned, and the rank host of its other node."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         topology = folder / "t.yaml"
         topology.write_text(dump_topology(Topology(model=Model(path="toy"))))
         self.crashes = folder / "crashes"
@@ -48,31 +50,41 @@ class Spread:
         self.hosts.listen_at(ADDRESS, ADDRESS)
         app = web.Application()
         app.router.add_get("/ranks", self.hosts.serve)
+        self.refused: list[str] = []
+        ClusterSecurity(self.security("the secret of this test")).guard(app, self.refused.append)
         self._server = TestServer(app)
         self._engines: list[EngineHost] = []
 
     async def __aenter__(self) -> Spread:
         await self._server.start_server()
-        self._session = aiohttp.ClientSession()
         self.connect()
         return self
+
+    def security(self, secret: str) -> Security:
+        file = self._folder / secret.replace(" ", "-")
+        file.write_text(secret)
+        return Security(secret_file=str(file))
 
     async def __aexit__(self, *error: object) -> None:
         for engine in list(self._engines):
             await self.end(engine)
         await self.cut()
         await self.hosts.close()
-        await self._session.close()
         await self._server.close()
 
-    def connect(self, node: int = 1) -> RankHost:
+    def connect(self, node: int = 1, secret: str = "the secret of this test") -> RankHost:
         """The other node's rank host begins."""
         command = engine_command("toy_engine", self._arguments)
         url = str(self._server.make_url("")).rstrip("/")
         host = RankHost(url, node, command, self._environment, LOOK_SECONDS, MonotonicClock())
-        self.away = asyncio.create_task(host.run(self._session))
+        self.away = asyncio.create_task(self._run(host, ClusterSecurity(self.security(secret)).session()))
         self.host = host
         return host
+
+    @staticmethod
+    async def _run(host: RankHost, session: aiohttp.ClientSession) -> None:
+        async with session:
+            await host.run(session)
 
     async def cut(self) -> None:
         """It is lost, and nobody hears its last words."""
@@ -193,3 +205,14 @@ async def test_a_host_that_is_no_part_of_this_worker_is_refused(spread, caplog):
 
     await eventually(told, "the worker says so", SOON)
     assert spread.hosts.missing == [1]
+
+
+async def test_who_does_not_know_the_clusters_secret_runs_no_ranks(spread):
+    await spread.cut()
+    spread.connect(secret="the secret of another cluster")
+
+    async def refused() -> bool:
+        return "wrong_secret" in spread.refused
+
+    await eventually(refused, "its proof is refused", SOON)
+    assert spread.hosts.missing == [1] and not spread.host.linked

@@ -14,6 +14,8 @@ def test_ranks_divide_a_workers_cores_and_share_what_is_too_little():
     assert ALONE.share_of([4, 5, 6]) == [4, 5, 6]
     assert [Rank(number, 2).share_of([4, 5, 6]) for number in range(2)] == [[4, 6], [5]]
     assert [Rank(number, 3).share_of([4, 5]) for number in range(3)] == [[4], [5], [4]]
+    spread = [Rank(number, 4, hosts=2) for number in range(4)]
+    assert [(rank.place, rank.share_of([4, 5])) for rank in spread] == [(0, [4]), (1, [5])] * 2, "of each host's own"
     assert ALONE.leads and not Rank(1, 2).leads
 
 
