@@ -14,7 +14,7 @@ from cluster.errors import StaleFence, UnknownMessage
 from cluster.layout import KVLayout
 from cluster.links import LinkClosed
 from cluster.messages import DeathAsked, DeathWitnessed, Message, Offer, PeerHello, Role
-from cluster.peers import PeerTable, require_compatible
+from cluster.peers import PeerTable, Witnesses, require_compatible
 from tests.unit.kv_transfer.world import fence
 
 LAYOUT = KVLayout("model", "float32", 16, 2, 1, 8)
@@ -36,10 +36,10 @@ class Wire:
         return self._said.pop(0)
 
 
-async def relayed(wire: Wire) -> list[Message]:
+async def relayed(wire: Wire, elsewhere: Witnesses | None = None) -> list[Message]:
     """What the engine process hears from that peer."""
     posted: list[Message] = []
-    table = PeerTable(posted.append, lambda count: None)
+    table = PeerTable(posted.append, lambda count: None, elsewhere)
     ours, theirs = (PeerHello(role.value, role, 7, LAYOUT, "memory", b"", process_identity.current()) for role in Role)
     table.open(ours)
     with pytest.raises(LinkClosed):
@@ -61,6 +61,18 @@ async def test_the_dead_of_our_host_are_witnessed_and_the_living_are_not():
     elsewhere = msgspec.structs.replace(dead, boot_id="of another host")
     wire = Wire(DeathAsked(alive), DeathAsked(elsewhere), DeathAsked(dead))
     assert await relayed(wire) == [], "the engine process has no part in it"
+    assert wire.heard == [DeathWitnessed(dead)]
+
+
+async def test_the_further_hosts_of_a_worker_are_asked_too():
+    class Elsewhere:
+        def is_dead(self, process):
+            return process == dead
+
+    dead = msgspec.structs.replace(process_identity.current(), boot_id="of another host of ours")
+    unknown = msgspec.structs.replace(dead, pid=dead.pid + 1)
+    wire = Wire(DeathAsked(unknown), DeathAsked(dead))
+    assert await relayed(wire, Elsewhere()) == []
     assert wire.heard == [DeathWitnessed(dead)]
 
 

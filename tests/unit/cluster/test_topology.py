@@ -135,6 +135,10 @@ def test_a_mistake_in_the_file_is_pointed_at(write, text, message):
             r"ray.decode.resources.*: expected a mapping .* number of at least 0",
         ),
         ("decode: {replicas: 2, cpus: [[0]]}", "decode.cpus: expected cores for each of 2 replicas, found 1"),
+        (
+            "decode: {tensor_parallel: 3, pipeline_parallel: 2, nodes: 4}",
+            "decode.nodes: 6 ranks can't be as many on each of 4",
+        ),
         ("decode: {replicas: 2, gpus: [[0]]}", "decode.gpus: expected GPUs for each of 2 replicas, found 1"),
         (
             "decode: {tensor_parallel: 2, gpus: [[0, 0]]}",

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from cluster.errors import ErrorInfo, IllegalTransition
-from cluster.messages import Abort, Aborted, Ack, DeathWitnessed, Done, Grant, Offer, ProcessIdentity, Role
+from cluster.messages import Abort, Aborted, Ack, DeathWitnessed, Done, EngineRank, Grant, Offer, ProcessIdentity, Role
 from kv_transfer.receiver import HandoffFailed, KVArrived, LeaseEnded, OfferArrived
 from kv_transfer.sender import HandoffEnded
 from tests.unit.kv_transfer.world import DECODE_EPOCH, PREFILL_EPOCH, World, fence
@@ -242,6 +242,19 @@ def test_the_word_of_a_witness_who_cannot_know_is_refused(world, engine):
     world.receiver.receive("nobody", 6, DeathWitnessed(written_by))
     assert world.settle() == []
     assert world.receiver.stale["DeathWitnessed"] == 2
+
+
+def test_a_worker_with_a_rank_on_the_writers_host_is_a_witness(world):
+    fall_silent(world)
+    written_by = world.hello(Role.PREFILL, PREFILL_EPOCH).engine
+    elsewhere = ProcessIdentity("other boot", "pid", 5, 1)
+    neighbour = EngineRank(b"", msgspec.structs.replace(written_by, pid=77))
+    hello = msgspec.structs.replace(
+        world.hello(Role.PREFILL, 5), worker="spread", engine=elsewhere, followers=[neighbour]
+    )
+    world.receiver.peer_up(hello)
+    world.receiver.receive("spread", 5, DeathWitnessed(written_by))
+    assert world.settle() == [LeaseEnded(fence())]
 
 
 def test_the_workers_own_proof_ends_all_leases_of_that_instance(world):
