@@ -9,6 +9,7 @@ import torch
 
 from cluster.config import Attention
 from cluster.layout import KVLayout
+from engine.attention import flashinfer_paged
 from engine.attention.base import Span
 from engine.attention.choice import make_attention
 from engine.attention.flashinfer_paged import FlashInferAttention, FlashInferUnavailable
@@ -77,6 +78,49 @@ def test_a_step_between_the_layers_of_another_changes_neither(library, cache):
     assert library.made == 4
 
 
+def test_a_fixed_number_of_sequences_is_computed_from_memory_that_stays(library, cache):
+    """One after the other, as a graph's kernels find them; and for a step between, of other sequences."""
+    backend = FlashInferAttention(cache, HEADS, WINDOWS, library, workspace_bytes=0)
+    plain = FlashInferAttention(KVCache(LAYOUT, 8, torch.device("cpu")), HEADS, WINDOWS, library, workspace_bytes=0)
+    larger, smaller = backend.fixed(3, 16), backend.fixed(2, 16)
+    steps = [
+        (larger, [Span(0, 6, 7, [3, 1]), Span(1, 0, 1, [4]), Span(2, 13, 14, [0, 2, 5, 6])]),
+        (smaller, [Span(0, 1, 2, [4]), Span(1, 7, 8, [3, 1])]),
+        (larger, [Span(0, 8, 9, [3, 1, 7]), Span(1, 2, 3, [4]), Span(2, 14, 15, [0, 2, 5, 6])]),
+    ]
+    for number, (fixed, spans) in enumerate(steps):
+        fixed.place(spans)
+        expected = plain.plan(spans, len(spans))
+        for layer in range(LAYERS):
+            given = rows(len(spans), 10 * number + layer)
+            torch.testing.assert_close(fixed.attend(layer, *given), expected.attend(layer, *given))
+    with pytest.raises(AssertionError):
+        larger.place(steps[1][1])
+
+
+def test_a_wrapper_is_not_planned_again_before_its_last_plan_has_left(library, cache, monkeypatch):
+    class Mark:
+        def __init__(self, device):
+            pass
+
+        def wait(self):
+            library.record("", "wait", (), {})
+
+        def set(self):
+            library.record("", "set", (), {})
+
+    monkeypatch.setattr(flashinfer_paged, "Mark", Mark)
+    backend = FlashInferAttention(cache, HEADS, (None,) * LAYERS, library, workspace_bytes=0)
+    fixed = backend.fixed(1, 16)
+    for _ in range(2):
+        step = backend.plan(SPANS, 9)
+        for layer in range(LAYERS):
+            step.attend(layer, *rows(9, layer))
+        fixed.place([Span(0, 1, 2, [4])])
+    calls = [call.method for call in library.calls if call.method in ("wait", "plan", "set")]
+    assert calls == ["wait", "plan", "plan", "set", "wait", "plan", "set"] * 2
+
+
 def test_decode_uses_tensor_cores_where_many_heads_share_keys(library, cache):
     for heads in (8, 6):
         FlashInferAttention(cache, heads, (None,) * LAYERS, library, workspace_bytes=0).warm_up(0, 100)
@@ -100,8 +144,14 @@ def test_the_library_takes_what_it_is_given(library, cache):
     step = backend.plan(SPANS, 9)
     for layer in range(LAYERS):
         step.attend(layer, *rows(9, layer))
+    fixed = backend.fixed(1, 16)
+    fixed.place([Span(0, 1, 2, [4])])
+    fixed.attend(0, *rows(1, 0))
     assert {call.method for call in library.calls} == {"__init__", "plan", "run"}
     for call in library.calls:
-        inspect.signature(getattr(getattr(real, call.wrapper), call.method)).bind(
-            None, *call.arguments, **call.settings
+        wrapper = getattr(real, call.wrapper)
+        # Decode's `plan` takes any settings, and gives them to another method.
+        method = (
+            getattr(wrapper, "_plan_impl", wrapper.plan) if call.method == "plan" else getattr(wrapper, call.method)
         )
+        inspect.signature(method).bind(None, *call.arguments, **call.settings)
