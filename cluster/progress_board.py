@@ -127,8 +127,9 @@ class DistantBoard:
 
 
 class GroupBoard:
-    """What the boards of a worker's ranks show together. Rank 0's step loop stands for all: it waits for them in each
-    step. Each rank has transfers of its own; they get on when those of all ranks do."""
+    """What the boards of a worker's ranks show together. A step gets on when any rank does: they wait for each other in
+    it, rank 0's loop for the later stages, too. (What it does on another host is not known here.) Each rank has
+    transfers of its own; they get on when those of all ranks do."""
 
     def __init__(self, boards: Sequence[Board]) -> None:
         self._boards = boards
@@ -141,7 +142,12 @@ class GroupBoard:
             self._seen = [rank.transfers for rank in ranks]
             self._transfers += 1
         begun = [rank.oldest_transfer for rank in ranks if rank.oldest_transfer is not None]
-        return msgspec.structs.replace(ranks[0], transfers=self._transfers, oldest_transfer=min(begun, default=None))
+        return msgspec.structs.replace(
+            ranks[0],
+            engine=sum(rank.engine for rank in ranks),
+            transfers=self._transfers,
+            oldest_transfer=min(begun, default=None),
+        )
 
     def close(self) -> None:
         for board in self._boards:

@@ -78,7 +78,7 @@ def follow(context: EngineContext) -> tuple[Callable[[], None], EngineRank]:
     with full_is_refused():
         model = load_model(_config(context), context.rank)
     pool = PoolMemory(model.cache.address, model.cache.pages, model.cache.page_bytes, model.cache.device)
-    run = Follower(model.decoder, context.rank.steps[0], model.line).run
+    run = Follower(model.decoder, context.rank.steps[0], model.line, context.board.advance).run
     return follow_transfers(context, pool, run, device_digests(model.cache))
 
 

@@ -124,12 +124,19 @@ class LeadingDecoder:
 
 class Follower:
     """Another rank: computes its part of the model when rank 0 says so, on the thread that calls `run`. `line`: see
-    `LeadingDecoder`."""
+    `LeadingDecoder`. `on_layer` is called after each layer of a step."""
 
-    def __init__(self, decoder: Decoder, leader: Frames, line: Line | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        leader: Frames,
+        line: Line | None = None,
+        on_layer: Callable[[], None] = lambda: None,
+    ) -> None:
         self._decoder = decoder
         self._leader = leader
         self._line = line
+        self._on_layer = on_layer
         self._orders = msgspec.msgpack.Decoder(Order)
 
     def run(self) -> None:
@@ -143,18 +150,15 @@ class Follower:
                     self._compute(order)
 
     def _compute(self, order: RunStep) -> None:
-        logits = self._decoder.forward(order.step(), self._pause if order.pauses else _nothing)
+        logits = self._decoder.forward(order.step(), self._pause if order.pauses else self._on_layer)
         if self._line is not None:
             self._line.answer(logits)
 
     def _pause(self) -> None:
+        self._on_layer()
         while isinstance(order := self._next(), RunStep):
             self._compute(order)
 
     def _next(self) -> Order:
         order: Order = self._orders.decode(self._leader.receive())
         return order
-
-
-def _nothing() -> None:
-    """Between two layers of a step that none may interrupt."""

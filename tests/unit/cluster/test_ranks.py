@@ -34,6 +34,16 @@ def test_frames_arrive_whole_and_in_order_until_the_other_end_hangs_up():
     theirs.close()
 
 
+def test_a_step_gets_on_when_any_rank_does():
+    """Rank 0 waits for the last stage."""
+    boards = [ProgressBoard.create() for _ in range(2)]
+    group = GroupBoard(boards)
+    before = group.read()
+    boards[1].advance()
+    assert group.read().engine > before.engine
+    group.close()
+
+
 def test_transfers_get_on_when_those_of_all_ranks_do():
     boards = [ProgressBoard.create() for _ in range(2)]
     group = GroupBoard(boards)
