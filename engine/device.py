@@ -29,7 +29,10 @@ def open_device(wanted: Device, rank: int, ranks: int, threads: int) -> torch.de
         return torch.device("cpu")
     if ranks > available:
         raise ConfigError(f"model.device: {ranks} ranks want a GPU each, and torch finds {available}")
-    return torch.device("cuda", rank)
+    device = torch.device("cuda", rank)
+    # What names no device (pinned memory, NCCL, libraries) would otherwise open the first one, and take memory there.
+    torch.cuda.set_device(device)
+    return device
 
 
 def resolve_dtype(wanted: Dtype, device: torch.device) -> Dtype:

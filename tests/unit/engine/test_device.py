@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cluster.config import Dtype
+from cluster.config import Device, Dtype
+from cluster.errors import ConfigError
 from engine import device
 
 
@@ -38,3 +39,28 @@ def test_without_the_kernels_word_there_are_none(monkeypatch):
 
     monkeypatch.setattr(device.Path, "read_text", missing)
     assert device.processor_features() == frozenset()
+
+
+@pytest.fixture
+def untouched(monkeypatch):
+    """This process computes on as it did."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setenv(device.ONEDNN_CACHE, "1")
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(("wanted", "gpus"), [(Device.AUTO, 2), (Device.CUDA, 2), (Device.AUTO, 4)])
+def test_a_rank_opens_its_own_gpu_and_no_other(monkeypatch, wanted, gpus):
+    opened = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", opened.append)
+    assert device.open_device(wanted, rank=1, ranks=2, threads=1) == torch.device("cuda", 1)
+    assert opened == [torch.device("cuda", 1)]
+
+
+@pytest.mark.usefixtures("untouched")
+def test_without_gpus_it_is_the_cpu_or_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert device.open_device(Device.AUTO, rank=0, ranks=1, threads=1) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"model\.device: 1 ranks want a GPU each, and torch finds 0"):
+        device.open_device(Device.CUDA, rank=0, ranks=1, threads=1)
