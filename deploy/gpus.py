@@ -129,8 +129,14 @@ def deal_gpus(topology: Topology, gpus: Sequence[str]) -> GpuDealer | None:
 
 
 def share_memory(topology: Topology, dealer: GpuDealer) -> Topology:
-    """Where workers share a GPU, they share its memory, unless the topology says what each of them takes."""
+    """Where workers share a GPU, they share its memory, unless the topology says what each of them takes. Raises
+    `ConfigError` if that is more than there is."""
     kv = topology.kv
+    if kv.memory_fraction is not None and kv.memory_fraction * dealer.most_shared > 1:
+        raise ConfigError(
+            f"kv.memory_fraction: {kv.memory_fraction:g} for each of {dealer.most_shared} ranks that share a GPU is more "
+            "than all of its memory"
+        )
     if dealer.most_shared < 2 or kv.memory_fraction is not None or kv.pool_tokens is not None:
         return topology
     share = round(DEFAULT_MEMORY_FRACTION / dealer.most_shared, 3)

@@ -86,6 +86,13 @@ def test_who_shares_a_gpu_shares_its_memory_unless_the_topology_says_how(kv, gpu
     assert note in memory_note(shared)
 
 
+def test_shares_that_are_more_than_a_gpu_are_refused_before_anything_starts():
+    given = topology(kv=KV(memory_fraction=0.6))
+    with pytest.raises(ConfigError, match=r"kv\.memory_fraction: 0\.6 for each of 2 ranks that share a GPU is more"):
+        share_memory(given, GpuDealer(given, ["0"]))
+    assert share_memory(given, GpuDealer(given, ["0", "1"])) == given
+
+
 def test_whoever_starts_a_cluster_is_told_who_is_where_and_what_each_takes(monkeypatch):
     monkeypatch.setattr(places, "visible_gpus", lambda environment: ["3"])
     with open_place(topology()) as place:
