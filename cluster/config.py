@@ -174,6 +174,8 @@ class Model(Section, frozen=True):
     compile: bool = False
     """With torch's kernels: norms, rotation and activation go through torch.compile, for half a minute more at the
     start."""
+    symmetric_memory: Switch = Switch.NEVER
+    """Small sums over the ranks on one host go by memory that their GPUs share, in one kernel, and not by NCCL."""
     device: Device = Device.AUTO
     """Where workers compute; on GPUs, each rank has one. Which ones, `gpus` of the pools says, or the place where the
     cluster runs; a worker that is started by hand takes the first ones of its CUDA_VISIBLE_DEVICES."""

@@ -52,6 +52,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention: Attention = Attention.AUTO
     graphs: Switch = Switch.NEVER
     compile: bool = False
+    symmetric_memory: Switch = Switch.NEVER
     device: Device = Device.CPU
     grid: Grid = Grid()
     """Of the worker's ranks."""
@@ -87,6 +88,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             # Prefill's steps are of all sizes, and few.
             graphs=topology.model.graphs if isinstance(pool, Decode) else Switch.NEVER,
             compile=topology.model.compile,
+            symmetric_memory=topology.model.symmetric_memory,
             device=topology.model.device,
             grid=pool.grid,
             **_scheduling(pool.scheduling, unified=topology.unified),

@@ -21,8 +21,10 @@ import torch.distributed as distributed
 import torch.nn.functional as functional
 from torch import Tensor
 
+from cluster.config import Switch
 from cluster.errors import ConfigError
 from cluster.ranks import Meeting, MeetingFile, RankGone
+from engine.symmetric_sums import SymmetricSums, open_symmetric_sums
 
 SOCKETS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 PAIR = 2
@@ -60,6 +62,8 @@ class TorchGroup:
             raise ConfigError(f"the {size} ranks of this worker don't come together by {backend}: {error}") from error
         self._ranks: Any = distributed.group.WORLD
         """torch's name of them."""
+        self._on_one_host = isinstance(rendezvous, MeetingFile)
+        self._symmetric: SymmetricSums | None = None
 
     def split(self, size: int) -> TorchGroup:
         """Of each so many ranks that follow each other, a group; ours. All ranks must ask for it."""
@@ -69,9 +73,17 @@ class TorchGroup:
         part.rank, part.size, part._ranks = self.rank % size, size, groups[self.rank // size]
         return part
 
+    def open_symmetric(self, device: torch.device, wanted: Switch) -> None:
+        """From now on small sums go by memory that the GPUs of this host share, if `wanted`. All ranks must ask for it.
+        Raises `ConfigError` if it must be had and can't."""
+        self._symmetric = open_symmetric_sums(self._ranks, device, wanted, one_host=self._on_one_host)
+
     def add_up(self, share: Tensor) -> None:
         with ranks_gone():
-            self._add_up(share)
+            if self._symmetric is not None and self._symmetric.takes(share):
+                self._symmetric.add_up(share)
+            else:
+                self._add_up(share)
 
     def _add_up(self, share: Tensor) -> None:
         if self.size == PAIR or share.device.type == "cuda":

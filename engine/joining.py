@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from cluster.config import Switch
 from cluster.ranks import Rank
 from cluster.shards import Grid
 from engine.group import Group, TorchGroup
@@ -30,15 +31,20 @@ class Parts(NamedTuple):
         return None if self.stage is None else self.stage.line
 
 
-def join_ranks(config: ModelConfig, grid: Grid, rank: Rank, device: torch.device) -> Parts:
+def join_ranks(
+    config: ModelConfig, grid: Grid, rank: Rank, device: torch.device, symmetric: Switch = Switch.NEVER
+) -> Parts:
     """Returns when all ranks of `grid` are here. Raises `ConfigError` if they don't come together, or can't share a
     model of this config."""
     if rank.size == 1:
         return Parts(None, None, None)
     everyone = TorchGroup(rank.number, rank.size, rank.rendezvous, device)
     if grid.stages == 1:
+        everyone.open_symmetric(device, symmetric)
         return Parts(everyone, None, Shard(config, everyone))
     stage = Stage(config, TorchLine(grid, rank.number, config.vocab_size, device))
     if grid.shards == 1:
         return Parts(everyone, stage, None)
-    return Parts(everyone, stage, Shard(stage.config, everyone.split(grid.shards)))
+    shards = everyone.split(grid.shards)
+    shards.open_symmetric(device, symmetric)
+    return Parts(everyone, stage, Shard(stage.config, shards))

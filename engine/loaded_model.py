@@ -65,7 +65,7 @@ def load_model(config: EngineConfig, rank: Rank) -> LoadedModel:
         shards=config.grid.shards,
         stages=config.grid.stages,
     )
-    parts = join_ranks(architecture, config.grid, rank, device)
+    parts = join_ranks(architecture, config.grid, rank, device, config.symmetric_memory)
     fraction = fraction_of(config, device)
     pages = pages_asked_for(config) + TRIAL_PAGES if fraction is None else PROFILED_PAGES
     cache = KVCache(layout.of_rank(rank.number), pages, device, getattr(torch, dtype.value))
