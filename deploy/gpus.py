@@ -134,8 +134,8 @@ def share_memory(topology: Topology, dealer: GpuDealer) -> Topology:
     kv = topology.kv
     if kv.memory_fraction is not None and kv.memory_fraction * dealer.most_shared > 1:
         raise ConfigError(
-            f"kv.memory_fraction: {kv.memory_fraction:g} for each of {dealer.most_shared} ranks that share a GPU is more "
-            "than all of its memory"
+            f"kv.memory_fraction: {kv.memory_fraction:g} for each of {dealer.most_shared} ranks that share a GPU is "
+            "more than all of its memory"
         )
     if dealer.most_shared < 2 or kv.memory_fraction is not None or kv.pool_tokens is not None:
         return topology
