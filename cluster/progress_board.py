@@ -110,14 +110,14 @@ class ProgressBoard:
 
 
 class DistantBoard:
-    """What is told of the transfers of a rank on another host; `heard` is called with it."""
+    """What is told of a rank on another host; `heard` is called with it."""
 
     def __init__(self) -> None:
         self._progress = Progress()
 
-    def heard(self, transfers: int, oldest_transfer: float | None) -> None:
-        """A moment of this host's clock, as far as it can be known."""
-        self._progress = Progress(transfers=transfers, oldest_transfer=oldest_transfer)
+    def heard(self, engine: int, transfers: int, oldest_transfer: float | None) -> None:
+        """The last is a moment of this host's clock, as far as it can be known."""
+        self._progress = Progress(engine, transfers, oldest_transfer=oldest_transfer)
 
     def read(self) -> Progress:
         return self._progress
@@ -128,8 +128,8 @@ class DistantBoard:
 
 class GroupBoard:
     """What the boards of a worker's ranks show together. A step gets on when any rank does: they wait for each other in
-    it, rank 0's loop for the later stages, too. (What it does on another host is not known here.) Each rank has
-    transfers of its own; they get on when those of all ranks do."""
+    it, rank 0's loop for the later stages, too. Each rank has transfers of its own; they get on when those of all ranks
+    do."""
 
     def __init__(self, boards: Sequence[Board]) -> None:
         self._boards = boards

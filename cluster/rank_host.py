@@ -217,7 +217,8 @@ class _Group:
             for number, rank in self._ranks.items():
                 progress = rank.board.read()
                 begun = progress.oldest_transfer
-                seen.append(RankSeen(number, progress.transfers, None if begun is None else max(0.0, now - begun)))
+                age = None if begun is None else max(0.0, now - begun)
+                seen.append(RankSeen(number, progress.engine, progress.transfers, age))
             self._post(RanksSeen(self._order.life, seen))
             await asyncio.sleep(look_seconds)
 

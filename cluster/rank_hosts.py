@@ -208,4 +208,5 @@ class RankHosts:
         else:
             for seen in message.ranks:
                 age = seen.oldest_transfer_age
-                ranks[seen.number].board.heard(seen.transfers, None if age is None else self._clock.now() - age)
+                oldest = None if age is None else self._clock.now() - age
+                ranks[seen.number].board.heard(seen.engine, seen.transfers, oldest)

@@ -57,9 +57,10 @@ class RankUp(Message, frozen=True):
 
 
 class RankSeen(msgspec.Struct, frozen=True):
-    """What a rank's progress board shows of its transfers."""
+    """What a rank's progress board shows, see `cluster.progress_board.Progress`."""
 
     number: int
+    engine: int
     transfers: int
     oldest_transfer_age: float | None = None
     """In seconds: the clocks of two hosts have no common zero."""

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from cluster.progress_board import GroupBoard, ProgressBoard
+from cluster.progress_board import DistantBoard, GroupBoard, ProgressBoard
 from cluster.ranks import ALONE, Frames, Rank, RankGone
 
 
@@ -56,4 +56,15 @@ def test_transfers_get_on_when_those_of_all_ranks_do():
     assert (group.read().transfers, group.read().oldest_transfer) == (before.transfers + 1, 3.0)
     boards[1].transfers_seen(None)
     assert group.read().transfers == before.transfers + 1, "the first rank's have not been looked after since"
+    group.close()
+
+
+def test_what_is_heard_of_a_rank_on_another_host_counts_like_what_is_seen():
+    here, elsewhere = ProgressBoard.create(), DistantBoard()
+    group = GroupBoard([here, elsewhere])
+    before = group.read()
+    here.transfers_seen(None)
+    elsewhere.heard(engine=4, transfers=1, oldest_transfer=2.0)
+    seen = group.read()
+    assert (seen.engine, seen.transfers, seen.oldest_transfer) == (before.engine + 4, before.transfers + 1, 2.0)
     group.close()
