@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 from cluster.layout import KVLayout
 from engine.device_memory import GIB, free_memory
 from engine.huge_pages import HUGE_PAGE, zeros_in_huge_pages
+from engine.transit import to_device
 
 ALIGNMENT = HUGE_PAGE
 """More than transfer engines ask for."""
@@ -64,7 +65,7 @@ class KVCache:
     def clear(self, pages: list[int]) -> None:
         """Zeroes these pages in all layers."""
         if pages:
-            self.pool[torch.tensor(pages, device=self.pool.device)] = 0
+            self.pool[to_device(torch.tensor(pages), self.pool.device)] = 0
 
 
 def _require_memory(layout: KVLayout, pages: int, device: torch.device) -> None:

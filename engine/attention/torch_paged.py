@@ -24,6 +24,7 @@ from engine.attention.grouping import Extent, group_by_extent
 from engine.attention.slots import Slots
 from engine.kv_cache import KVCache
 from engine.shapes import rounded, series
+from engine.transit import to_device
 
 BLOCK_QUERIES = 64
 """Queries of one product: its scores stay in the cache, and a causal prefill skips most of what it may not see."""
@@ -159,7 +160,9 @@ class TorchPagedAttention:
             if window is not None:
                 hidden |= key <= seen[..., None] - window
             mask = np.where(hidden, np.float32(-np.inf), np.float32(0.0))[:, None]
-            blocks.append(_Block(begin, end, keys, masked_from, torch.from_numpy(mask).to(device, self._cache.dtype)))
+            blocks.append(
+                _Block(begin, end, keys, masked_from, to_device(torch.from_numpy(mask), device).to(self._cache.dtype))
+            )
         return blocks
 
     def write(self, layer: int, slots: Slots, key: Tensor, value: Tensor) -> None:
@@ -177,7 +180,7 @@ class TorchPagedAttention:
         return gathered.to(self._cache.dtype).view(2, layout.kv_heads, group.members, -1, layout.head_dim)
 
     def _to_device(self, array: Integers) -> Tensor:
-        return torch.from_numpy(array).to(self._cache.pool.device)
+        return to_device(torch.from_numpy(array), self._cache.pool.device)
 
 
 class TorchStepAttention:
