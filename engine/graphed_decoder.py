@@ -5,8 +5,11 @@ host. A graph has the addresses of all that it reads and writes, so tokens, posi
 stays, and a step writes what it is about there first. Batches are padded to the next recorded size; what padding
 computes goes to a page of the pool that no ledger gives out.
 
-Steps that are not all decodes, or are larger than the largest recorded one, are computed as ever. The graphs share one
-pool of memory: no two of them run at the same time.
+Steps that are not all decodes, or are larger than the largest recorded one, are computed as ever. The graphs share
+one pool of memory: no two of them run at the same time.
+
+The host has no part between the layers of a graph. What a worker does there, handoffs and a sign of progress, it does
+once, when it has launched the step: that takes milliseconds, and transfers have a thread of their own.
 """
 
 from __future__ import annotations
