@@ -73,8 +73,8 @@ class DecodeLoop:
     KV that arrives does not wait for the step under way: between two layers the receiver is given what has come for it,
     so that a DONE is verified and answered at once, and the sequence is in the next step, not in the one after.
 
-    An engine that computes ahead gives a step's result with the next step, so an attempt that ends meanwhile is still in
-    a step; the engine drops what it computes for it, and keeps its pages until then.
+    An engine that computes ahead gives a step's result with the next step. So an attempt that ends meanwhile is still
+    in a step; the engine drops what it computes for it, and keeps its pages until then.
     """
 
     def __init__(
