@@ -19,8 +19,8 @@ pytestmark = [pytest.mark.shards, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
-    """Prefill on two hosts hands over to decode on two others."""
-    sizes = ("prefill.tensor_parallel=2", "prefill.nodes=2", "decode.tensor_parallel=2", "decode.nodes=2")
+    """Prefill with a stage on each of two hosts hands over to decode with half of the heads on each of two others."""
+    sizes = ("prefill.pipeline_parallel=2", "prefill.nodes=2", "decode.tensor_parallel=2", "decode.nodes=2")
     with Cluster(TOPOLOGIES / "demo.yaml", (*FLOAT32, *sizes), tmp_path_factory.mktemp("spread")) as cluster:
         yield cluster
 
