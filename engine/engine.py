@@ -38,6 +38,7 @@ from engine.commitment import Commitments
 from engine.engine_config import EngineConfig
 from engine.followers import LeadingDecoder
 from engine.loaded_model import load_model
+from engine.operators.nucleus import make_nucleus
 from engine.pacing import Pacing
 from engine.page_digests import DevicePageDigests, device_digests
 from engine.pages import Owner, OwnerKind, PageLedger
@@ -142,6 +143,7 @@ class Engine:
         """In their order."""
         self._leaving: list[Fence] = []
         """Released, and still in a step under way."""
+        self._nucleus = make_nucleus(config.attention, model.cache, model.card.vocab_size)
         self._decoder = LeadingDecoder(model.decoder, rank.steps, model.line) if rank.steps else model.decoder
         stages = config.grid.stages
         self._pipeline = self._decoder if isinstance(self._decoder, LeadingDecoder) and stages > 1 else None
@@ -346,7 +348,7 @@ class Engine:
                 drawn = _Awaited(self._pipeline.begin(step, after_layer), sampling)
             else:
                 logits = self._decoder.forward(step, after_layer)
-                drawn = draw(logits, sampling, step.unread and step.unread.at(step.sampled))
+                drawn = draw(logits, sampling, step.unread and step.unread.at(step.sampled), self._nucleus)
         self._scheduler.launched(plan)
         return _Launched(plan, sampling, drawn)
 
@@ -416,7 +418,7 @@ class Engine:
         chunks = [Chunk(Sequence(WARM_UP, [0] * length, [], sampling), 0, length) for length in lengths]
         for first, chunk in enumerate(chunks):
             chunk.sequence.pages = pages[first:]
-        choose(self._decoder.forward(build_step(chunks)), [chunk.sequence for chunk in chunks])
+        choose(self._decoder.forward(build_step(chunks)), [chunk.sequence for chunk in chunks], self._nucleus)
 
 
 def _is_ahead(wanted: Switch, device: str, rank: Rank) -> bool:

@@ -6,12 +6,13 @@ cumulative distribution in the order of the vocabulary, not of the probabilities
 change places don't change what is drawn.
 
 `draw` leaves the tokens on the device that has the logits, and waits for nothing there: who asks a GPU for a number
-gets it when all before is done. `Drawn.read` waits. (flashinfer's samplers would be faster; but their noise depends on
-a row's place in the batch, and ours may not.)
+gets it when all before is done. `Drawn.read` waits. (Of flashinfer's samplers only the filters serve, see
+`engine.operators.nucleus`: their noise depends on a row's place in the batch, and ours may not.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -36,6 +37,11 @@ ROWS_AT_ONCE_ON_DEVICE = 64
 
 LEAST_TEMPERATURE = 1e-6
 """Below it a row is greedy: logits a thousandth apart are e^1000 apart in odds, and float32 soon divides by zero."""
+
+
+Nucleus = Callable[[Tensor, Tensor], Tensor]
+"""(probabilities [rows, vocabulary], mass [rows, 1]) -> of each row, the least probability [rows, 1] of the fewest most
+likely tokens that hold `mass`; that of the first one if it holds it alone."""
 
 
 class Choice(NamedTuple):
@@ -64,14 +70,18 @@ class Drawn:
         return [Choice(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
 
 
-def choose(logits: Tensor, sequences: Rows[Sequence]) -> list[Choice]:
+def choose(logits: Tensor, sequences: Rows[Sequence], nucleus: Nucleus | None = None) -> list[Choice]:
     """`draw`, and at once `read`."""
-    return draw(logits, sequences).read()
+    return draw(logits, sequences, None, nucleus).read()
 
 
-def draw(logits: Tensor, sequences: Rows[Sequence], unread: Unread | None = None) -> Drawn:
+def draw(
+    logits: Tensor, sequences: Rows[Sequence], unread: Unread | None = None, nucleus: Nucleus | None = None
+) -> Drawn:
     """The next token of each sequence. `logits` is float32 [len(sequences), vocabulary]; its contents are used up.
-    `unread`: the last tokens of those that have an unread one."""
+    `unread`: the last tokens of those that have an unread one. `nucleus`: by default, one of those here."""
+    if nucleus is None:
+        nucleus = nucleus_by_sorting if logits.device.type == "cpu" else nucleus_by_bisection
     samplings = [sequence.sampling for sequence in sequences]
     reported = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
     log_probabilities = torch.log_softmax(_rows(logits, reported), -1) if reported else None
@@ -82,7 +92,8 @@ def draw(logits: Tensor, sequences: Rows[Sequence], unread: Unread | None = None
     together = ROWS_AT_ONCE if logits.device.type == "cpu" else ROWS_AT_ONCE_ON_DEVICE
     for begin in range(0, len(hot), together):
         rows = hot[begin : begin + together]
-        tokens.index_copy_(0, _index(rows, logits), _draw(_rows(logits, rows), [sequences[row] for row in rows]))
+        drawn = _draw(_rows(logits, rows), [sequences[row] for row in rows], nucleus)
+        tokens.index_copy_(0, _index(rows, logits), drawn)
     counts = [samplings[row].logprobs or 0 for row in reported]
     report = [] if log_probabilities is None else _report(log_probabilities, _rows(tokens, reported), max(counts))
     return Drawn(tokens, reported, counts, report)
@@ -128,13 +139,13 @@ def _penalties(logits: Tensor, sequences: Rows[Sequence], unread: Unread) -> Ten
     return torch.where(counts > 0, presence + frequency * counts, 0.0)
 
 
-def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
+def _draw(logits: Tensor, sequences: Rows[Sequence], nucleus: Nucleus) -> Tensor:
     """Tokens of rows with a temperature of at least `LEAST_TEMPERATURE`."""
     samplings = [sequence.sampling for sequence in sequences]
     # Shifted first: a tiny temperature must not overflow the best logit.
     shifted = logits - logits.amax(-1, keepdim=True)
     probabilities = torch.softmax(shifted / _column(logits, [sampling.temperature for sampling in samplings]), -1)
-    threshold = _threshold(probabilities, samplings)
+    threshold = _threshold(probabilities, samplings, nucleus)
     if threshold is not None:
         probabilities = torch.where(probabilities >= threshold, probabilities, 0.0)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
@@ -143,13 +154,13 @@ def _draw(logits: Tensor, sequences: Rows[Sequence]) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
-def _threshold(probabilities: Tensor, samplings: Rows[Sampling]) -> Tensor | None:
+def _threshold(probabilities: Tensor, samplings: Rows[Sampling], nucleus: Nucleus) -> Tensor | None:
     """The least probability that passes the filters, [rows, 1]; None if there is no filter."""
     bounds = []
     if any(sampling.top_k for sampling in samplings):
         bounds.append(_top_k(probabilities, samplings))
     if any(sampling.top_p < 1 for sampling in samplings):
-        bounds.append(_top_p(probabilities, samplings, bounds[0] if bounds else None))
+        bounds.append(_top_p(probabilities, samplings, nucleus, bounds[0] if bounds else None))
     if any(sampling.min_p for sampling in samplings):
         share = _column(probabilities, [sampling.min_p for sampling in samplings])
         bounds.append(probabilities.amax(-1, keepdim=True) * share)
@@ -165,7 +176,7 @@ def _top_k(probabilities: Tensor, samplings: Rows[Sampling]) -> Tensor:
     return chosen * _column(best, [float(rank > 0) for rank in ranks])
 
 
-def _top_p(probabilities: Tensor, samplings: Rows[Sampling], floor: Tensor | None) -> Tensor:
+def _top_p(probabilities: Tensor, samplings: Rows[Sampling], nucleus: Nucleus, floor: Tensor | None) -> Tensor:
     """The least probability of each row's nucleus: the fewest most likely tokens that hold top_p of the mass.
 
     `floor` is the bound of an earlier filter: the mass is that of what it leaves.
@@ -177,13 +188,11 @@ def _top_p(probabilities: Tensor, samplings: Rows[Sampling], floor: Tensor | Non
         rows = torch.where(rows >= floor.index_select(0, index), rows, 0.0)
     share = _column(rows, [samplings[row].top_p for row in filtered]).double()
     mass = share * rows.sum(-1, keepdim=True, dtype=torch.float64)
-    find = nucleus_by_sorting if rows.device.type == "cpu" else nucleus_by_bisection
-    return torch.zeros_like(probabilities[:, :1]).index_copy_(0, index, find(rows, mass))
+    return torch.zeros_like(probabilities[:, :1]).index_copy_(0, index, nucleus(rows, mass))
 
 
 def nucleus_by_sorting(probabilities: Tensor, mass: Tensor) -> Tensor:
-    """Of each row, the least of the fewest most likely that hold `mass` [rows, 1], or of the first one. For a CPU: it
-    sorts a few, and asks whether they were enough."""
+    """A `Nucleus` for a CPU: sorts a few, and asks whether they were enough."""
     vocabulary = probabilities.shape[-1]
     bound = torch.zeros_like(probabilities[:, :1])
     left = torch.arange(len(probabilities))
@@ -201,8 +210,8 @@ def nucleus_by_sorting(probabilities: Tensor, mass: Tensor) -> Tensor:
 
 
 def nucleus_by_bisection(probabilities: Tensor, mass: Tensor) -> Tensor:
-    """The same for a GPU, which must not be asked, and sorts row by row: the least number such that all above it hold
-    less than `mass`. Floats that are not negative are in the order of their bits."""
+    """A `Nucleus` for a GPU, which must not be asked, and sorts row by row: the least number such that all above it
+    hold less than `mass`. Floats that are not negative are in the order of their bits."""
     low = torch.zeros_like(probabilities[:, :1]).view(torch.int32)
     high = probabilities.amax(-1, keepdim=True).view(torch.int32)
     for _ in range(PROBABILITY_BITS):

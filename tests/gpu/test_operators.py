@@ -10,6 +10,7 @@ from engine.attention.flashinfer_paged import open_flashinfer
 from engine.kv_cache import KVCache
 from engine.model_config import RopeConfig
 from engine.operators.flashinfer_operators import FlashInferOperators, disagreement
+from engine.operators.nucleus import FlashInferNucleus, disagrees
 from engine.operators.torch_operators import CompiledOperators
 from engine.rope import RotaryEmbedding
 
@@ -27,6 +28,12 @@ EPSILON = 1e-5
 def flashinfers(head_dim, dtype):
     layout = KVLayout("m", str(dtype).removeprefix("torch."), 16, 1, 1, head_dim)
     return FlashInferOperators(EPSILON, open_flashinfer(KVCache(layout, 1, GPU, dtype)))
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 49_152, 151_936])
+def test_flashinfers_nucleus_is_the_samplers(vocabulary):
+    cache = KVCache(KVLayout("m", "bfloat16", 16, 1, 1, 64), 1, GPU, torch.bfloat16)
+    assert not disagrees(FlashInferNucleus(open_flashinfer(cache)), vocabulary, GPU)
 
 
 def compiled(head_dim, dtype):

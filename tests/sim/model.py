@@ -224,7 +224,7 @@ class _Files(NamedTuple):
 class SimDrawn:
     """In place of `engine.sampler.Drawn`."""
 
-    def __init__(self, logits: SimLogits, sequences: Sequence[EngineSequence], unread: None) -> None:
+    def __init__(self, logits: SimLogits, sequences: Sequence[EngineSequence], unread: None, nucleus: None) -> None:
         self.tokens = [choose(kv, one.sampling.seed) for kv, one in zip(logits.words, sequences, strict=True)]
         self._land = logits.land
 

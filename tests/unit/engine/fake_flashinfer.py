@@ -60,6 +60,14 @@ class FakeFlashInfer:
         gate, up = input.float().chunk(2, -1)
         return (gate * gate.sigmoid() * up).to(input.dtype)
 
+    def top_p_renorm_probs(self, probs, top_p, is_deterministic=False):
+        self.record("", "top_p_renorm_probs", (probs, top_p), {"is_deterministic": is_deterministic})
+        assert is_deterministic and top_p.dtype == probs.dtype == torch.float32 and top_p.shape == (len(probs),)
+        best, order = probs.sort(-1, descending=True)
+        inside = best.double().cumsum(-1) - best < top_p[:, None]
+        kept = torch.zeros_like(probs).scatter_(-1, order, torch.where(inside, best, 0.0))
+        return kept / kept.sum(-1, keepdim=True)
+
     def record(self, wrapper, method, arguments, settings):
         self.calls.append(Call(wrapper, method, arguments, settings))
 

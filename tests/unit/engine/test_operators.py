@@ -13,11 +13,13 @@ from cluster.layout import KVLayout
 from engine import torch_decoder
 from engine.kv_cache import KVCache
 from engine.model_config import RopeConfig
-from engine.operators import choice
+from engine.operators import choice, nucleus
 from engine.operators.choice import make_operators
 from engine.operators.flashinfer_operators import FlashInferOperators, disagreement
+from engine.operators.nucleus import FlashInferNucleus, disagrees, make_nucleus
 from engine.operators.torch_operators import CompiledOperators, TorchOperators
 from engine.rope import RotaryEmbedding
+from engine.sampler import nucleus_by_sorting
 from tests.unit.engine.fake_flashinfer import FakeFlashInfer
 from tests.unit.engine.tiny import MODELS, make_engine, make_model, prompts, run, sequence
 
@@ -93,10 +95,40 @@ def test_a_gpu_has_flashinfers_where_they_agree_with_torchs(library, monkeypatch
     assert isinstance(make_operators(Attention.TORCH, claimed, config, ROPE, compiled=False), TorchOperators)
 
 
+class Greedy(FakeFlashInfer):
+    """Leaves the most likely token only."""
+
+    def top_p_renorm_probs(self, probs, top_p, is_deterministic=False):
+        return super().top_p_renorm_probs(probs, top_p * 1e-6, is_deterministic)
+
+
+def test_flashinfers_nucleus_is_the_samplers():
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(20, 4000, generator=generator) * torch.linspace(0.0, 6.0, 20)[:, None]).softmax(-1)
+    find = FlashInferNucleus(FakeFlashInfer())
+    for share in (0.0, 0.3, 0.95):
+        mass = torch.full((20, 1), share, dtype=torch.float64)
+        assert torch.equal(find(rows, mass), nucleus_by_sorting(rows, mass))
+
+
+def test_a_nucleus_is_used_where_it_agrees_with_the_samplers(monkeypatch):
+    assert not disagrees(FlashInferNucleus(FakeFlashInfer()), 500, CPU)
+    assert disagrees(FlashInferNucleus(Greedy()), 500, CPU)
+    cache = KVCache(KVLayout("m", "float32", 4, 1, 1, HEAD_DIM), 1, CPU)
+    assert make_nucleus(Attention.AUTO, cache, 500) is None
+    claimed = type("Cache", (), {"pool": type("Pool", (), {"device": type("Device", (), {"type": "cuda"})})})
+    monkeypatch.setattr(nucleus, "disagrees", lambda tried, vocabulary, device: disagrees(tried, vocabulary, CPU))
+    for library, expected in ((FakeFlashInfer, FlashInferNucleus), (Greedy, type(None))):
+        monkeypatch.setattr(nucleus, "open_flashinfer", lambda cache, library=library: library())
+        assert isinstance(make_nucleus(Attention.AUTO, claimed, 500), expected)
+        assert make_nucleus(Attention.TORCH, claimed, 500) is None
+
+
 def test_the_library_takes_what_it_is_given():
     """Where flashinfer is installed: its functions have parameters of these names, in this order."""
     real = pytest.importorskip("flashinfer")
     library = FakeFlashInfer()
     disagreement(FlashInferOperators(EPSILON, library), EPSILON, ROPE, HEAD_DIM, CPU, torch.float32)
+    disagrees(FlashInferNucleus(library), 50, CPU)
     for call in library.calls:
         inspect.signature(getattr(real, call.method)).bind(*call.arguments, **call.settings)
