@@ -1,4 +1,4 @@
-"""`python -m decode_worker --topology FILE --index N`: a decode worker; with `--node`, what of it is on a further host."""
+"""`python -m decode_worker --topology FILE --index N`: a decode worker; with `--node`, its part on a further host."""
 
 from __future__ import annotations
 

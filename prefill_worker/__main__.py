@@ -1,4 +1,4 @@
-"""`python -m prefill_worker --topology FILE --index N`: a prefill worker; with `--node`, what of it is on a further host."""
+"""`python -m prefill_worker --topology FILE --index N`: a prefill worker; with `--node`, its part on a further host."""
 
 from __future__ import annotations
 
