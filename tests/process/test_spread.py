@@ -25,15 +25,16 @@ def spread(tmp_path_factory):
         yield cluster
 
 
-def rank_host(cluster: Cluster, worker: str) -> psutil.Process:
-    """That of the worker's second host."""
+def process_of(cluster: Cluster, worker: str, node: int) -> psutil.Process:
+    """What of the worker is on that host: the control process on the first, a rank host on any other."""
     role, _, index = worker.partition("-")
     launcher = psutil.Process(cluster.tree.pids()["bootstrap"]).parent()
     for process in launcher.children():
         words = process.cmdline()
-        if f"{role}_worker" in words and "--leader" in words and words[words.index("--index") + 1] == index:
+        of_worker = f"{role}_worker" in words and words[words.index("--index") + 1] == index
+        if of_worker and (words[words.index("--node") + 1] if "--node" in words else "0") == str(node):
             return process
-    raise LaunchError(f"{worker} has no rank host")
+    raise LaunchError(f"{worker} has no process on host {node}")
 
 
 def epoch(cluster: Cluster, worker: str) -> int:
@@ -46,14 +47,14 @@ async def test_ranks_on_several_hosts_give_the_tokens_of_one(spread, http, refer
     await expect_reference_tokens(Api(http, spread.url), reference)
 
 
-@pytest.mark.parametrize("worker", ["prefill-0", "decode-0"])
-async def test_a_request_survives_the_death_of_a_host_of_its_worker(worker, spread, http, reference):
+@pytest.mark.parametrize(("worker", "node"), [("prefill-0", 1), ("decode-0", 1), ("decode-0", 0)])
+async def test_a_request_survives_the_death_of_a_host_of_its_worker(worker, node, spread, http, reference):
     api, prompt = Api(http, spread.url), reference.named("raw-513").prompt
     greedy = (await api.stream(prompt, ignore_eos=True, **LONG_ENOUGH)).tokens
     before = epoch(spread, worker)
     reader = Reader(api, prompt, **LONG_ENOUGH)
     await reader.decode_worker()
-    rank_host(spread, worker).kill()
+    process_of(spread, worker, node).kill()
     await reader.task
     assert reader.tokens == greedy
 
