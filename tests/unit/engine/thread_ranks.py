@@ -28,7 +28,7 @@ class _Meeting:
         self._everyone = ThreadMeeting(grid.ranks)
         self._stages = [ThreadMeeting(grid.shards) for _ in range(grid.stages)]
 
-    def join(self, config, grid, rank, device):
+    def join(self, config, grid, rank, device, *settings):
         stage = Stage(config, ThreadLine(self._mouths, rank.number))
         shard = None
         if grid.shards > 1:
@@ -53,8 +53,13 @@ class ThreadRanks:
                 follow = (config, Rank(number, ranks, steps=(theirs,)), loaded)
                 self._threads.append(threading.Thread(target=self._follow, args=follow, daemon=True))
                 self._threads[-1].start()
-            self.engine = Engine(config, rank=Rank(0, ranks, steps=tuple(self._leaders)))
-            loaded.wait(LATE)
+            try:
+                self.engine = Engine(config, rank=Rank(0, ranks, steps=tuple(self._leaders)))
+                loaded.wait(LATE)
+            except BaseException:
+                loaded.abort()
+                self.close()
+                raise
 
     def close(self):
         for leader in self._leaders:
@@ -64,9 +69,8 @@ class ThreadRanks:
             assert not thread.is_alive()
 
     def _follow(self, config, rank, loaded):
-        model = loaded_model.load_model(config, rank)
-        self.caches[rank.number - 1] = model.cache
-        loaded.wait(LATE)
-        with contextlib.suppress(RankGone):
+        with contextlib.suppress(RankGone), contextlib.closing(rank.steps[0]):
+            model = loaded_model.load_model(config, rank)
+            self.caches[rank.number - 1] = model.cache
+            loaded.wait(LATE)
             Follower(model.decoder, rank.steps[0], model.line).run()
-        rank.steps[0].close()
