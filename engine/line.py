@@ -83,7 +83,7 @@ class TorchLine:
                 self._sent.popleft()[0].wait()
 
 
-class ThreadMouths:
+class ThreadPipes:
     """What the `ThreadLine`s of one process have in common."""
 
     def __init__(self, grid: Grid) -> None:
@@ -96,22 +96,22 @@ class ThreadMouths:
 class ThreadLine:
     """Implements `Line` for ranks that are threads of one process: for tests."""
 
-    def __init__(self, mouths: ThreadMouths, rank: int) -> None:
-        self.stage, self.stages = mouths.grid.stage_of(rank), mouths.grid.stages
-        self._mouths = mouths
+    def __init__(self, pipes: ThreadPipes, rank: int) -> None:
+        self.stage, self.stages = pipes.grid.stage_of(rank), pipes.grid.stages
+        self._pipes = pipes
         self._rank = rank
 
     def send(self, hidden: Tensor) -> None:
-        self._mouths.hidden[self._rank + self._mouths.grid.shards].put(hidden.clone())
+        self._pipes.hidden[self._rank + self._pipes.grid.shards].put(hidden.clone())
 
     def receive(self, hidden: Tensor) -> None:
-        hidden.copy_(self._mouths.hidden[self._rank].get())
+        hidden.copy_(self._pipes.hidden[self._rank].get())
 
     def answer(self, logits: Tensor) -> None:
-        if self._rank == self._mouths.grid.rank(self.stages - 1, 0):
-            self._mouths.answers.put(logits.clone())
+        if self._rank == self._pipes.grid.rank(self.stages - 1, 0):
+            self._pipes.answers.put(logits.clone())
 
     def receive_answer(self, rows: int) -> Tensor:
-        logits = self._mouths.answers.get()
+        logits = self._pipes.answers.get()
         assert len(logits) == rows
         return logits

@@ -17,7 +17,7 @@ from cluster.shards import Grid
 from engine.decoders import make_decoder
 from engine.group import ThreadGroup, ThreadMeeting
 from engine.kv_cache import KVCache
-from engine.line import ThreadLine, ThreadMouths
+from engine.line import ThreadLine, ThreadPipes
 from engine.memory_plan import open_headers, plan_memory
 from engine.shard import Shard
 from engine.stage import Stage
@@ -75,7 +75,7 @@ def test_each_rank_of_any_family_takes_what_was_planned(name, grid, tmp_path):
     layout = KVLayout("m", "float32", 16, *sizes, shards=grid.shards, stages=grid.stages)
     assert len(plan.ranks) == grid.ranks
     for rank, memory in enumerate(plan.ranks):
-        stage = Stage(config, ThreadLine(ThreadMouths(grid), rank))
+        stage = Stage(config, ThreadLine(ThreadPipes(grid), rank))
         shard = Shard(stage.config, ThreadGroup(ThreadMeeting(grid.shards), grid.shard_of(rank)))
         cache = KVCache(layout.of_rank(rank), plan.pool_tokens // 16 + 1, torch.device("cpu"))
         decoder = make_decoder(Kernels.NATIVE, config, weights, cache, 1, shard, stage=stage)

@@ -17,7 +17,7 @@ from cluster.shards import Grid
 from engine.decoders import make_decoder
 from engine.followers import Follower, LeadingDecoder
 from engine.group import ThreadGroup, ThreadMeeting
-from engine.line import ThreadLine, ThreadMouths
+from engine.line import ThreadLine, ThreadPipes
 from engine.shard import Shard, ShardedWeights
 from engine.stage import Stage, StageWeights
 from engine.weights.base import parameter_shapes
@@ -33,11 +33,11 @@ class Ranks:
 
     def __init__(self, config, grid, kernels):
         self.config, self.grid, self.kernels = config, grid, kernels
-        self.mouths = ThreadMouths(grid)
+        self.pipes = ThreadPipes(grid)
         self.meetings = [ThreadMeeting(grid.shards) for _ in range(grid.stages)]
 
     def decoder(self, rank):
-        stage = Stage(self.config, ThreadLine(self.mouths, rank))
+        stage = Stage(self.config, ThreadLine(self.pipes, rank))
         shard = None
         if self.grid.shards > 1:
             meeting = self.meetings[self.grid.stage_of(rank)]
@@ -104,7 +104,7 @@ def test_a_tied_head_is_the_last_stages_own(kernels):
 
 def test_more_stages_than_layers_are_refused():
     with pytest.raises(ConfigError, match="pipeline_parallel: 3 stages can't share the model's 2 layers"):
-        Stage(config_of(layers=2), ThreadLine(ThreadMouths(Grid(stages=3)), 0))
+        Stage(config_of(layers=2), ThreadLine(ThreadPipes(Grid(stages=3)), 0))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -115,7 +115,7 @@ def test_each_parameter_is_read_by_those_that_have_it(grid, tied):
     read = dict.fromkeys(parameter_shapes(config), 0)
     ranks = Ranks(config, grid, Kernels.TORCH)
     for rank in range(grid.ranks):
-        stage = Stage(config, ThreadLine(ranks.mouths, rank))
+        stage = Stage(config, ThreadLine(ranks.pipes, rank))
         weights = StageWeights(Counting(config, read), stage)
         shard = Shard(stage.config, ThreadGroup(ThreadMeeting(grid.shards), grid.shard_of(rank)))
         for name in ShardedWeights(weights, shard).shapes():

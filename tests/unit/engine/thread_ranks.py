@@ -13,7 +13,7 @@ from engine.engine import Engine
 from engine.followers import Follower
 from engine.group import ThreadGroup, ThreadMeeting
 from engine.joining import Parts
-from engine.line import ThreadLine, ThreadMouths
+from engine.line import ThreadLine, ThreadPipes
 from engine.shard import Shard
 from engine.stage import Stage
 
@@ -24,12 +24,12 @@ class _Meeting:
     """In place of `join_ranks`."""
 
     def __init__(self, grid):
-        self._mouths = ThreadMouths(grid)
+        self._pipes = ThreadPipes(grid)
         self._everyone = ThreadMeeting(grid.ranks)
         self._stages = [ThreadMeeting(grid.shards) for _ in range(grid.stages)]
 
     def join(self, config, grid, rank, device, *settings):
-        stage = Stage(config, ThreadLine(self._mouths, rank.number))
+        stage = Stage(config, ThreadLine(self._pipes, rank.number))
         shard = None
         if grid.shards > 1:
             together = self._stages[grid.stage_of(rank.number)]
