@@ -86,7 +86,7 @@ test-soak: setup  ## thousands of requests, many of whose clients leave: is anyt
 test-fault: setup  ## 200 faults under load, restarts and overload: does a client notice? (20 to 40 minutes; writes bench/results)
 	$(BIN)/pytest tests/fault -m fault -s --fault-results bench/results $(ARGS)
 
-test-shards: setup  ## the demo model on shards and stages, each handing over to each, and ranks that die (30 minutes)
+test-shards: setup  ## the demo model on shards, stages and two hosts, each handing over to each, and ranks that die (30 minutes)
 	$(BIN)/pytest tests/process/test_shards.py tests/process/test_spread.py -m shards $(ARGS)
 
 test-rdma: setup  ## transfers over real RDMA verbs, in an emulated machine with such a card (QEMU; slow)
