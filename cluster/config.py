@@ -7,37 +7,28 @@ times in seconds. Only this package reads the environment.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
+from cluster.launch_config import Kubernetes, Ray
+from cluster.section import (
+    Cores,
+    Delay,
+    Fraction,
+    Gpus,
+    NonNegative,
+    Port,
+    Positive,
+    Seconds,
+    Section,
+    Share,
+    Text,
+)
 from cluster.shards import Grid
-
-Text = Annotated[str, Meta(min_length=1)]
-Positive = Annotated[int, Meta(ge=1)]
-NonNegative = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(gt=0)]
-Delay = Annotated[float, Meta(ge=0)]
-"""In seconds; 0: none."""
-Amount = Annotated[float, Meta(ge=0)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-Fraction = Annotated[float, Meta(gt=0, le=1)]
-Port = Annotated[int, Meta(ge=0, le=65535)]
-Cores = list[list[NonNegative]]
-"""For each replica, the cores it is pinned to; also its number of compute threads. When a pool has been scaled beyond
-them, its workers share them in turn. The ranks of a replica divide its cores."""
-Gpus = list[list[NonNegative]]
-"""For each replica, the GPUs of its ranks, by their numbers among those that `baton up` sees: the machine's, or those
-of its CUDA_VISIBLE_DEVICES. When a pool has been scaled beyond them, its workers share them in turn. With `launch:
-local` only; by default each worker gets those that the fewest others have."""
 
 DEFAULT_POOL_TOKENS = 65536
 DEFAULT_MEMORY_FRACTION = 0.9
-
-
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all sections: unknown keys are refused."""
 
 
 class Dtype(str, Enum):
@@ -451,46 +442,6 @@ class Decode(Section, frozen=True):
     def grid(self) -> Grid:
         """Of each worker's ranks."""
         return Grid(self.tensor_parallel, self.pipeline_parallel)
-
-
-class RayPool(Section, frozen=True):
-    """What each worker of a pool reserves of the node that Ray finds for it, for each of its ranks."""
-
-    cpus: Amount = 1.0
-    """Kept free of Ray's other work. Which cores they are, `cpus` of the pool's own section says."""
-    gpus: Amount = 0.0
-    """A worker sees those that it has reserved, and no others."""
-    resources: dict[Text, Amount] = {}
-    """Further ones, by the names that `ray start --resources` gave to nodes: {prefill: 1}."""
-
-
-class Ray(Section, frozen=True):
-    """With `launch: ray`. Baton must be installed on each node, or come with `runtime_env`.
-
-    ray: {address: auto, decode: {gpus: 1, resources: {decode: 1}}}
-    """
-
-    address: Text = "auto"
-    """Of the head's GCS, HOST:PORT. auto: the Ray cluster that this machine belongs to."""
-    runtime_env: dict[Text, Any] = {}
-    """What Ray prepares for the workers on each node, as `ray.init` takes it: {pip: [...], env_vars: {...}}."""
-    prefill: RayPool = RayPool()
-    decode: RayPool = RayPool()
-
-
-class Kubernetes(Section, frozen=True):
-    """With `launch: kubernetes`, and for `baton kubernetes`.
-
-    kubernetes: {namespace: inference, values_file: my-values.yaml}
-    """
-
-    context: Text | None = None
-    """Of kubectl's configuration: which Kubernetes, as whom; by default its current one."""
-    namespace: Text = "default"
-    release: Text = "baton"
-    """What the names of the objects begin with."""
-    values_file: Text | None = None
-    """What only Kubernetes asks: images, resources, nodes, volumes. Values of the chart in deploy/kubernetes/chart."""
 
 
 class Logging(Section, frozen=True):

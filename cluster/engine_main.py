@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.clock import MonotonicClock
-from cluster.config import Cores, Topology
+from cluster.config import Topology
 from cluster.engine_host import failure
 from cluster.engine_messages import EngineReady, RankReady, ToPeer
 from cluster.errors import BatonError
@@ -22,6 +22,7 @@ from cluster.messages import EngineRank, Message, PeerMessage
 from cluster.process import die_with_parent, forget_garbage, leave_interrupts_to_parent, pin
 from cluster.progress_board import ProgressBoard
 from cluster.ranks import ALONE, Meeting, MeetingFile, MeetingPort, Rank, RankGone
+from cluster.section import Cores
 from cluster.step_loop import StepHandler, StepLoop
 from cluster.topology import load_topology
 

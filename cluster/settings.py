@@ -16,8 +16,8 @@ import msgspec
 import yaml
 from msgspec import inspect
 
-from cluster.config import Section
 from cluster.errors import ConfigError
+from cluster.section import Section
 
 SectionT = TypeVar("SectionT", bound=Section)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union
 import msgspec
 from msgspec import Meta
 
-from cluster.config import NonNegative, Positive, Seconds, Section
+from cluster.section import NonNegative, Positive, Seconds, Section
 
 Name = Annotated[str, Meta(pattern="^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$", max_length=253)]
 """Of a Kubernetes object; may be empty."""

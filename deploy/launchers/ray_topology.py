@@ -10,7 +10,8 @@ from typing import NamedTuple
 import msgspec
 
 from cluster.access.security import is_loopback, read_secret
-from cluster.config import Decode, Prefill, RayPool, Topology
+from cluster.config import Decode, Prefill, Topology
+from cluster.launch_config import RayPool
 from cluster.messages import Role
 from cluster.topology import dump_topology
 from deploy.launchers.ray_host import Parcel

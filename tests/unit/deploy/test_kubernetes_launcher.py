@@ -6,8 +6,9 @@ import json
 import pytest
 
 from cluster.clock import ManualClock
-from cluster.config import Kubernetes, LauncherName, Model, Topology
+from cluster.config import LauncherName, Model, Topology
 from cluster.errors import LaunchError
+from cluster.launch_config import Kubernetes
 from cluster.messages import Role
 from deploy.launchers.kubernetes import KubernetesCluster, KubernetesLauncher
 from tests.unit.deploy.test_pods import deployment, pod

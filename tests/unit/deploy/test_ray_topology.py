@@ -1,6 +1,7 @@
 """What a topology becomes on Ray: addresses that nodes reach, what each rank reserves, a secret that is in no file."""
 
-from cluster.config import Bootstrap, Decode, Model, Ray, RayPool, Router, Security, Topology
+from cluster.config import Bootstrap, Decode, Model, Router, Security, Topology
+from cluster.launch_config import Ray, RayPool
 from cluster.messages import Role
 from cluster.topology import dump_topology, load_topology
 from deploy.launchers.ray_topology import Need, needs_of, parcel_of, with_addresses
