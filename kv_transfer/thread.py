@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -45,6 +46,8 @@ class TransferThread:
         self._wake = wake
         self._on_look = on_look
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
+        self._posted = threading.Event()
+        """Set with each command; the thread clears it before it looks for the next one."""
         self._results: deque[Result] = deque()
         self._arrived = threading.Event()
         """Set with each result, and by the thread's death; `results` clears it."""
@@ -53,7 +56,7 @@ class TransferThread:
         self._thread.start()
 
     def post(self, command: Command) -> None:
-        self._commands.put(command)
+        self._put(command)
 
     def deliver(self, results: Sequence[Result]) -> None:
         """Results of another rank's thread, to be picked up with ours. From any thread."""
@@ -82,8 +85,12 @@ class TransferThread:
 
         Writes under way are not waited for: whoever closes has ended its handoffs, or ends its process.
         """
-        self._commands.put(None)
+        self._put(None)
         self._thread.join(timeout)
+
+    def _put(self, command: Command | None) -> None:
+        self._commands.put(command)
+        self._posted.set()
 
     def _run(self) -> None:
         try:
@@ -98,7 +105,7 @@ class TransferThread:
         nap = SHORTEST_NAP
         while True:
             try:
-                command = self._commands.get(timeout=nap if self._driver.busy else IDLE_SECONDS)
+                command = self._next(nap if self._driver.busy else IDLE_SECONDS)
             except Empty:
                 results: list[Result] = []
                 nap = min(nap * NAP_GROWTH, LONGEST_NAP)
@@ -115,3 +122,16 @@ class TransferThread:
             if results:
                 nap = SHORTEST_NAP
                 self.deliver(results)
+
+    def _next(self, seconds: float) -> Command | None:
+        """The next command; waits for one at most so long, and then raises `Empty`.
+
+        Not by `SimpleQueue.get(timeout=...)`: CPython's (up to 3.12), where its lock is still open from the last `put`,
+        takes it, reckons what is left of the time, and with less than nothing waits for the next `put`, for ever if
+        need be. A thread that loses its core for `SHORTEST_NAP` at that moment does just that.
+        """
+        self._posted.clear()
+        with contextlib.suppress(Empty):
+            return self._commands.get_nowait()
+        self._posted.wait(seconds)
+        return self._commands.get_nowait()
