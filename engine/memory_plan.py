@@ -53,11 +53,7 @@ def plan_memory(request: MemoryRequest, files: ModelFiles) -> MemoryPlan:
     context = request.context or config.context_length
     if context > config.context_length:
         raise ConfigError(f"a context of {context} tokens is more than the model's {config.context_length}")
-    grid = Grid(request.tensor_parallel, request.pipeline_parallel)
-    if not 1 <= grid.shards <= config.heads:
-        raise ConfigError(f"{grid.shards} ranks can't share the model's {config.heads} query heads")
-    if not 1 <= grid.stages <= config.layers:
-        raise ConfigError(f"{grid.stages} stages can't share the model's {config.layers} layers")
+    grid = _grid(request, config)
     device = "cpu" if request.gpu_bytes is None else "cuda"
     dtype = _dtype(request.dtype, device)
     kv_dtype = (dtype if request.kv_dtype is KVDtype.AUTO else request.kv_dtype).value
@@ -112,6 +108,16 @@ def plan_memory(request: MemoryRequest, files: ModelFiles) -> MemoryPlan:
         ranks=ranks,
         capacity=capacity,
     )
+
+
+def _grid(request: MemoryRequest, config: ModelConfig) -> Grid:
+    """Of the ranks that share the model. Raises `ConfigError` if they are too many."""
+    grid = Grid(request.tensor_parallel, request.pipeline_parallel)
+    if not 1 <= grid.shards <= config.heads:
+        raise ConfigError(f"{grid.shards} ranks can't share the model's {config.heads} query heads")
+    if not 1 <= grid.stages <= config.layers:
+        raise ConfigError(f"{grid.stages} stages can't share the model's {config.layers} layers")
+    return grid
 
 
 def held(config: ModelConfig, dtype: Dtype, kernels: Kernels, device: str) -> Sizes:

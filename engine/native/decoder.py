@@ -90,12 +90,8 @@ class NativeDecoder:
         )
         self._head = None
         if self._vocabulary:
-            self._head = HeadPointers(
-                inputs=config.hidden_size,
-                outputs=self._vocabulary,
-                epsilon=config.norm_epsilon,
-                norm=self._keep(read("model.norm.weight")),
-                packed=self._weights.place(packed(self._embedding if config.tied_embeddings else read(head))),
+            self._head = self._make_head(
+                read("model.norm.weight"), self._embedding if config.tied_embeddings else read(head)
             )
         self.weight_bytes = self._embedding.nbytes + self._weights.used + sum(kept.nbytes for kept in self._kept)
         self._team = _make_team(library, threads)
@@ -199,6 +195,15 @@ class NativeDecoder:
             return None
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
+
+    def _make_head(self, norm: Tensor, matrix: Tensor) -> HeadPointers:
+        return HeadPointers(
+            inputs=self._config.hidden_size,
+            outputs=self._vocabulary,
+            epsilon=self._config.norm_epsilon,
+            norm=self._keep(norm),
+            packed=self._weights.place(packed(matrix)),
+        )
 
     def _layer(self, weights: LayerWeights, layer: int) -> LayerPointers:
         keep, place = self._keep, self._weights.place
